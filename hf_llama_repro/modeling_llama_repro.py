@@ -1,0 +1,367 @@
+"""LLaMA 1 and 2, top to bottom against the papers: norm, rotary embedding, SwiGLU, attention, layer, model, heads.
+
+Sources: LLaMA (arXiv 2302.13971, section 2.2), LLaMA 2 (arXiv 2307.09288, section 2.2), RMSNorm (arXiv 1910.07467),
+SwiGLU (arXiv 2002.05202), RoPE (arXiv 2104.09864), grouped-query attention (arXiv 2305.13245).
+Module and parameter names are those of transformers' Llama, so that its state dict loads as it is.
+
+Shapes: batch, seq (new tokens), total (cached and new tokens), heads (of Q), kv_heads, head_dim.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_llama_repro import LlamaReproConfig
+
+
+class LlamaReproRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; the mean square is taken in fp32 whatever the dtype of x."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class LlamaReproRotaryEmbedding(nn.Module):
+    """cos and sin of position times frequency: pair i of a head turns by position * theta^(-2i / head_dim).
+
+    The two halves of a head are paired, channel i with channel i + head_dim / 2; Meta pairs neighbours.
+    The conversion reorders the rows of Q and K from one convention to the other, which leaves every score as it was.
+    """
+
+    def __init__(self, config: LlamaReproConfig, device=None):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = rope_init_fn(config, device)
+        # Not saved: `_init_weights` of PreTrainedModel computes both again after a load.
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: LlamaReproConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        """The frequencies of RoPE (section 3.2.2), (head_dim / 2,), and the factor on cos and sin, 1."""
+        channel = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device)
+        return 1.0 / config.rope_parameters["rope_theta"] ** (channel / config.head_dim), 1.0
+
+    def _apply(self, fn, recurse=True):
+        # model.to(torch.bfloat16) would round the frequencies: at position 4000 an angle would be off by radians.
+        exact = self.inv_freq, self.original_inv_freq
+        super()._apply(fn, recurse)
+        if not exact[0].is_meta:
+            self.inv_freq, self.original_inv_freq = (table.to(self.inv_freq.device) for table in exact)
+        return self
+
+    @torch.no_grad()
+    @dynamic_rope_update  # recomputes inv_freq for rope types that depend on the length
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each (batch, seq, head_dim), computed in fp32 and cast to the dtype of x."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((sin, sin), dim=-1).to(x.dtype)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (x[i], x[i + head_dim / 2]) of (batch, heads, seq, head_dim); cos, sin (batch, 1, seq, head_dim)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class LlamaReproMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaReproConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,  # (batch, heads, seq, head_dim)
+    key: torch.Tensor,  # (batch, kv_heads, total, head_dim)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(QK^T * scaling + mask) V (batch, seq, heads, head_dim) and the weights (batch, heads, seq, total)."""
+    # Query head h reads K/V head h // groups.
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class LlamaReproAttention(nn.Module):
+    """Causal self-attention with rotary positions.
+
+    `heads / kv_heads` neighbouring query heads share one head of K and V (6 query heads here):
+        kv_heads 6 (multi-head)     q 0 1 2 3 4 5   reads kv 0 1 2 3 4 5
+        kv_heads 2 (grouped-query)  q 0 1 2 3 4 5   reads kv 0 0 0 1 1 1
+        kv_heads 1 (multi-query)    q 0 1 2 3 4 5   reads kv 0 0 0 0 0 0
+    """
+
+    def __init__(self, config: LlamaReproConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # -1 and not the number of heads: under tensor parallelism this process holds a slice of them.
+        batch_seq = hidden_states.shape[:-1]
+        query = (
+            self.q_proj(hidden_states).view(*batch_seq, -1, self.head_dim).transpose(1, 2)
+        )  # (batch, heads, seq, head_dim)
+        key = self.k_proj(hidden_states).view(*batch_seq, -1, self.head_dim).transpose(1, 2)  # (batch, kv_heads, ...)
+        value = self.v_proj(hidden_states).view(*batch_seq, -1, self.head_dim).transpose(1, 2)
+
+        cos, sin = (table.unsqueeze(1) for table in position_embeddings)  # (batch, 1, seq, head_dim)
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (batch, kv_heads, total, head_dim)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*batch_seq, -1)), attn_weights
+
+
+class LlamaReproDecoderLayer(GradientCheckpointingLayer):
+    """Attention and SwiGLU, each behind its norm and added to the residual stream."""
+
+    def __init__(self, config: LlamaReproConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = LlamaReproAttention(config, layer_idx)
+        self.mlp = LlamaReproMLP(config)
+        self.input_layernorm = LlamaReproRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaReproRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attn_output, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attn_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LlamaReproPreTrainedModel(PreTrainedModel):
+    """What every LlamaRepro model declares to transformers."""
+
+    config: LlamaReproConfig
+    config_class = LlamaReproConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaReproDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": LlamaReproDecoderLayer,
+        "attentions": LlamaReproAttention,
+    }
+
+
+class LlamaReproModel(LlamaReproPreTrainedModel):
+    """Token ids to the hidden states after the last norm."""
+
+    def __init__(self, config: LlamaReproConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            [LlamaReproDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaReproRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = LlamaReproRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """`last_hidden_state` (batch, seq, hidden_size) for `input_ids` or `inputs_embeds`, exactly one of them."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds: exactly one of them")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + num_cached
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class LlamaReproForCausalLM(LlamaReproPreTrainedModel, GenerationMixin):
+    """The language model: the base model and the output matrix."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: LlamaReproConfig):
+        super().__init__(config)
+        self.model = LlamaReproModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Logits (batch, seq, vocab_size), and the loss when `labels` are given (-100: not counted).
+
+        `logits_to_keep`: of how many last positions (0: of all), or the indices of those positions, to compute logits.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class LlamaReproForSequenceClassification(GenericForSequenceClassification, LlamaReproPreTrainedModel):
+    """One score per label, read at the last token that is not padding."""
+
+
+class LlamaReproForTokenClassification(GenericForTokenClassification, LlamaReproPreTrainedModel):
+    """One score per label for every token."""
+
+
+class LlamaReproForQuestionAnswering(GenericForQuestionAnswering, LlamaReproPreTrainedModel):
+    """Scores of every token as the start and as the end of the answer."""
+
+    base_model_prefix = "transformer"  # the name that stock Llama's checkpoints with this head use
+
+
+__all__ = [
+    "LlamaReproForCausalLM",
+    "LlamaReproForQuestionAnswering",
+    "LlamaReproForSequenceClassification",
+    "LlamaReproForTokenClassification",
+    "LlamaReproModel",
+    "LlamaReproPreTrainedModel",
+]

@@ -1,0 +1,102 @@
+"""Makes transformers' Auto classes and PEFT know LlamaRepro, without importing either before somebody uses it.
+
+Importing the Auto classes costs over a second (they bring torch), so that `import hf_llama_repro` registers at once
+only what is loaded already, and the rest in the moment in which it is loaded: under both import orders, once.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+
+MODEL_TYPE = "llama_repro"
+
+
+def _register_config() -> None:
+    from transformers import AutoConfig
+
+    from .configuration_llama_repro import LlamaReproConfig
+
+    AutoConfig.register(MODEL_TYPE, LlamaReproConfig, exist_ok=True)
+
+
+def _register_models() -> None:
+    import transformers
+
+    from . import modeling_llama_repro as modeling
+    from .configuration_llama_repro import LlamaReproConfig
+
+    for auto_class, model_class in (
+        ("AutoModel", modeling.LlamaReproModel),
+        ("AutoModelForCausalLM", modeling.LlamaReproForCausalLM),
+        ("AutoModelForSequenceClassification", modeling.LlamaReproForSequenceClassification),
+        ("AutoModelForTokenClassification", modeling.LlamaReproForTokenClassification),
+        ("AutoModelForQuestionAnswering", modeling.LlamaReproForQuestionAnswering),
+    ):
+        getattr(transformers, auto_class).register(LlamaReproConfig, model_class, exist_ok=True)
+
+
+def _register_peft_targets() -> None:
+    """In each of PEFT's tables of default target modules, gives LlamaRepro the entry of stock Llama."""
+    import peft.utils.constants
+
+    for table in vars(peft.utils.constants).values():
+        if isinstance(table, dict) and "llama" in table:
+            table.setdefault(MODEL_TYPE, table["llama"])
+
+
+# What has to be loaded -> what to register then.
+_PENDING = {
+    "transformers.models.auto.configuration_auto": _register_config,
+    "transformers.models.auto.modeling_auto": _register_models,
+    "peft.utils.constants": _register_peft_targets,
+}
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls `register_what_is_loaded` when the outermost import of transformers or PEFT is through.
+
+    Not earlier: modules import each other in circles, and ours imports from some that may be half-way.
+    """
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+    def find_spec(self, fullname, path=None, target=None):
+        if not _PENDING or fullname.partition(".")[0] not in ("transformers", "peft"):
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            if (spec := finder.find_spec(fullname, path, target)) is not None:
+                if spec.loader is not None:
+                    self._count(spec.loader)
+                return spec
+        return None
+
+    def _count(self, loader) -> None:
+        exec_module = loader.exec_module
+
+        def counted(module):
+            self.depth += 1
+            try:
+                exec_module(module)
+            finally:
+                self.depth -= 1
+            if not self.depth:
+                register_what_is_loaded()
+
+        loader.exec_module = counted
+
+
+def register_what_is_loaded() -> None:
+    """Registers what is pending and whose module is loaded. Idempotent."""
+    for module in [name for name in _PENDING if name in sys.modules]:
+        # Taken out first: registering imports more of transformers, which comes back here.
+        if (register := _PENDING.pop(module, None)) is not None:
+            register()
+
+
+def install() -> None:
+    """Registers now what is loaded, and on import what is not."""
+    register_what_is_loaded()
+    sys.meta_path.insert(0, _AfterImport())
