@@ -1,4 +1,4 @@
-"""LLaMA 1 and 2 for transformers: importing this package makes `AutoModel*` and `pipeline` open `llama_repro` folders."""
+"""LLaMA 1 and 2 for transformers: importing this makes `AutoModel*` and `pipeline` open `llama_repro` folders."""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -187,11 +187,10 @@ class LlamaReproConfig(PretrainedConfig):
             )
 
     def _exact_quotient(self, dividend: str, divisor: str, *, remedy: str) -> int:
-        if getattr(self, divisor) < 1 or getattr(self, dividend) % getattr(self, divisor):
-            raise ValueError(
-                f"{dividend}={getattr(self, dividend)} is not a multiple of {divisor}={getattr(self, divisor)}: {remedy}"
-            )
-        return getattr(self, dividend) // getattr(self, divisor)
+        whole, part = getattr(self, dividend), getattr(self, divisor)
+        if part < 1 or whole % part:
+            raise ValueError(f"{dividend}={whole} is not a multiple of {divisor}={part}: {remedy}")
+        return whole // part
 
 
 def _merged_rope_parameters(rope_parameters: dict | None, rope_scaling: dict | None, rope_theta: float | None) -> dict:

@@ -89,7 +89,7 @@ class LlamaReproRotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (x[i], x[i + head_dim / 2]) of (batch, heads, seq, head_dim); cos, sin (batch, 1, seq, head_dim)."""
+    """Turns the pairs (x[i], x[i + head_dim / 2]) of x (batch, heads, seq, head_dim); cos and sin broadcast to it."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
