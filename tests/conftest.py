@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: real weights, the real tokenizer, models in which every parameter is random."""
+"""Fixtures that several test files share: the real tokenizer and real trained weights."""
 
 import os
 import subprocess

@@ -1,0 +1,220 @@
+"""Makes a folder that `from_pretrained` opens, out of an original LLaMA checkpoint or another format of it.
+
+python -m conversion.convert SOURCE TARGET
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_llama_repro.errors import CheckpointError
+
+from .command import run
+
+# torch and transformers are imported where they are used, so that --help answers at once.
+if TYPE_CHECKING:
+    from hf_llama_repro import LlamaReproConfig
+
+    from .source import Source
+    from .target import Written
+
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+# Sampling that Meta recommends for the chat models (LLaMA 2 reference code); base models get none.
+CHAT_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` made."""
+
+    target: Path
+    source: "Source"
+    config: "LlamaReproConfig"
+    written: "Written"
+    tokenizer: str
+    """One line on the tokenizer."""
+
+    def lines(self) -> list[str]:
+        """What a person wants to know of it."""
+        written = self.written
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.source.tensors.values()})
+        lines = [
+            f"source     {self.source.description}, {written.num_parameters:,} parameters, {', '.join(dtypes)}",
+            *(f"decided    {note}" for note in self.source.notes),
+            f"tokenizer  {self.tokenizer}",
+            f"weights    {dtype_line(written, self.config)}",
+        ]
+        if written.nonfinite:
+            named = ", ".join(f"{name} ({count})" for name, count in list(written.nonfinite.items())[:5])
+            lines.append(f"WARNING    NaN or infinite values in {len(written.nonfinite)} tensors: {named}")
+        files = f"{len(written.files)} file{'s' if len(written.files) > 1 else ''}"
+        return [*lines, f"written    {self.target}: {files}, {written.num_bytes / 1e9:.2f} GB of weights"]
+
+
+def dtype_line(written: "Written", config: "LlamaReproConfig") -> str:
+    """Whether the values are those of the source."""
+    if not written.num_cast:
+        return "every value bit for bit that of the source"
+    share = written.num_changed / written.num_cast
+    loss = f"{share:.2%} of the values lost bits" if written.num_changed else "without loss"
+    return f"cast to {str(config.dtype).removeprefix('torch.')}, {loss}"
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    model_type: str = "llama_repro",
+    dtype: str = "auto",
+    tokenizer: Path | None = None,
+    with_tokenizer: bool = True,
+    max_shard_size: str = "5GB",
+    context_length: int | None = None,
+    chat: bool | None = None,
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
+) -> Conversion:
+    """Writes `target` from `source`, whole or not at all.
+
+    `model_type` "llama_repro" runs with this package (or with trust_remote_code=True), "llama" with stock transformers.
+    `dtype` "auto" keeps the source's. `tokenizer` replaces the one found with the source. `max_shard_size` in decimal
+    units. `context_length` (tokens) and `chat` answer what the files of a Meta folder may not tell.
+    Raises `CheckpointError`; the source is never changed.
+    """
+    import torch
+
+    from .source import open_source
+    from .target import num_target_bytes, parse_size, whole_or_nothing, write_weights
+
+    max_shard_bytes = parse_size(max_shard_size)
+    opened = open_source(source, context_length=context_length, chat=chat)
+    config = opened.config
+    cast = None if dtype == "auto" else getattr(torch, dtype)
+    config.dtype = cast or config.dtype
+    tokenizer = tokenizer or opened.tokenizer
+    if with_tokenizer and tokenizer is None:
+        raise CheckpointError(f"no tokenizer was found with {source}: name one by --tokenizer, or say --no-tokenizer")
+    num_bytes = num_target_bytes(opened.tensors, cast)
+    with whole_or_nothing(target, source, overwrite=overwrite, num_bytes=num_bytes) as folder:
+        # The tokenizer first: it may be refused, and that is better known before hours of writing.
+        tokenizer_line = "none"
+        if with_tokenizer and tokenizer is not None:
+            tokenizer_line = _write_tokenizer(tokenizer, folder, opened)
+        written = write_weights(
+            folder, opened.tensors, dtype=cast, max_shard_bytes=max_shard_bytes, allow_nonfinite=allow_nonfinite
+        )
+        _write_configuration(folder, config, model_type)
+        _write_generation_config(folder, opened)
+        conversion = Conversion(target, opened, config, written, tokenizer_line)
+        from .model_card import model_card
+
+        (folder / "README.md").write_text(model_card(conversion, source, model_type), encoding="utf-8")
+    return conversion
+
+
+def _write_tokenizer(tokenizer: Path, folder: Path, opened: "Source") -> str:
+    from transformers import AutoTokenizer
+
+    from .tokenizer import convert_tokenizer
+
+    config = opened.config
+    line = convert_tokenizer(
+        tokenizer,
+        folder,
+        vocab_size=config.vocab_size,
+        context_length=config.max_position_embeddings,
+        chat=opened.chat,
+    )
+    if opened.token_ids_from_tokenizer:
+        loaded = AutoTokenizer.from_pretrained(folder)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(loaded, name))
+    return line
+
+
+def _write_configuration(folder: Path, config: "LlamaReproConfig", model_type: str) -> None:
+    """config.json; for llama_repro also the two modeling files, so that the folder runs without this package."""
+    from .target import write_json
+
+    fields = config.to_diff_dict()
+    if model_type == "llama":
+        from transformers import LlamaConfig
+
+        stock = LlamaConfig(**{name: value for name, value in fields.items() if name not in ("model_type", "auto_map")})
+        # The field is a property of ours; older readers look for it at the top level.
+        write_json(
+            folder / "config.json",
+            {**stock.to_diff_dict(), "architectures": ["LlamaForCausalLM"], "rope_theta": config.rope_theta},
+        )
+        return
+    import shutil
+
+    import hf_llama_repro
+
+    for name in ("configuration_llama_repro.py", "modeling_llama_repro.py"):
+        shutil.copyfile(Path(hf_llama_repro.__file__).parent / name, folder / name)
+    auto_map = {
+        "AutoConfig": "configuration_llama_repro.LlamaReproConfig",
+        "AutoModel": "modeling_llama_repro.LlamaReproModel",
+        "AutoModelForCausalLM": "modeling_llama_repro.LlamaReproForCausalLM",
+    }
+    write_json(folder / "config.json", {**fields, "architectures": ["LlamaReproForCausalLM"], "auto_map": auto_map})
+
+
+def _write_generation_config(folder: Path, opened: "Source") -> None:
+    from transformers import GenerationConfig
+
+    config = opened.config
+    token_ids: dict[str, Any] = {
+        name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    sampling = CHAT_SAMPLING if opened.chat else {}
+    GenerationConfig(**{**token_ids, **sampling, **opened.generation_config}).save_pretrained(folder)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-llama-convert",
+        description="Make a folder that from_pretrained and pipeline open out of a LLaMA checkpoint.",
+        epilog="The target appears under its name only when it is whole. Exit code 2: the message says what to mend.",
+    )
+    parser.add_argument("source", type=Path, help="Meta folder, Hugging Face Llama folder, or .gguf file")
+    parser.add_argument("target", type=Path, help="folder to make")
+    parser.add_argument(
+        "--as",
+        dest="model_type",
+        choices=("llama_repro", "llama"),
+        default="llama_repro",
+        help="classes that open it: ours (default), or stock transformers' Llama",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto (default): the source's")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, tokenizer.json or .gguf to use"
+    )
+    parser.add_argument("--no-tokenizer", dest="with_tokenizer", action="store_false", help="write none")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")
+    parser.add_argument(
+        "--context-length",
+        type=int,
+        metavar="TOKENS",
+        help="2048 (LLaMA 1), 4096 (LLaMA 2): where the files do not tell",
+    )
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="LLaMA 2 chat template and sampling; default: where a Meta folder's name says chat",
+    )
+    parser.add_argument("--allow-nonfinite", action="store_true", help="convert weights with NaN or infinite values")
+    parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it is a checkpoint")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    return run(lambda: print("\n".join(convert(**vars(arguments)).lines())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""GGUF files of llama.cpp, through transformers' own loader, which dequantizes them to fp32."""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_llama_repro import LlamaReproConfig
+from hf_llama_repro.errors import CheckpointError
+
+from .keys import TENSORS, check_names, our_shapes, to_half_split
+from .source import Source, StoredTensor
+
+# GGUF's names of unquantized tensors -> dtype that holds them without loss.
+_UNQUANTIZED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What llama.cpp knows and transformers' loader passes over in silence.
+_NOT_LLAMA = ("llama.expert_count", "llama.rope.scaling.type", "llama.rope.scale_linear")
+
+
+def open_gguf(path: Path) -> Source:
+    """Opens a GGUF file of LLaMA's architecture; the whole model is held in memory in fp32.
+
+    Raises `CheckpointError` for another architecture, a damaged file, or when the `gguf` package is missing.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise CheckpointError(f"{path} needs the package gguf: pip install 'hf-llama-repro[gguf]'") from None
+    try:
+        reader = GGUFReader(str(path))
+        metadata = {name: field.contents() for name, field in reader.fields.items() if name.startswith("llama.")}
+        architecture = reader.fields["general.architecture"].contents()
+    except Exception as error:  # the reader raises whatever the damage leads to
+        raise CheckpointError(f"{path} is truncated or damaged ({error}): download it again") from None
+    if architecture != "llama":
+        raise CheckpointError(f"{path} holds the architecture {architecture!r}, not 'llama'")
+    names = {tensor.name for tensor in reader.tensors}
+    if special := [name for name in _NOT_LLAMA if metadata.get(name) not in (None, 0, "none")]:
+        raise CheckpointError(f"{path} says {special[0]} = {metadata[special[0]]}: not an architecture of LLaMA 1 or 2")
+    if "rope_freqs.weight" in names:
+        raise CheckpointError(f"{path} scales its rotary frequencies (rope_freqs.weight), as Llama 3.1 does")
+
+    config, tensors = _load(path, metadata)
+    types = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
+    dtype = _UNQUANTIZED.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
+    config.dtype = dtype
+    shapes = our_shapes(config)
+    check_names(set(tensors), set(shapes), str(path))
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(tensors[name].shape)}, its metadata say {list(shape)}"
+            )
+    return Source(
+        description=f"GGUF file ({', '.join(sorted({tensor.tensor_type.name for tensor in reader.tensors}))})",
+        config=config,
+        tensors={name: _stored(tensors[name], dtype) for name in shapes},
+        tokenizer=path,
+    )
+
+
+def _stored(tensor: torch.Tensor, dtype: torch.dtype) -> StoredTensor:
+    # llama.cpp keeps norms in fp32 beside 16-bit matrices; cast only where that loses nothing.
+    if not torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+        dtype = tensor.dtype
+    return StoredTensor(tuple(tensor.shape), dtype, lambda: tensor.to(dtype).clone())
+
+
+def _load(path: Path, metadata: dict[str, Any]) -> tuple[LlamaReproConfig, dict[str, torch.Tensor]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    fields = load_gguf_checkpoint(str(path))["config"]
+    fields = {name: value for name, value in fields.items() if name not in ("model_type", "_model_name_or_path")}
+    # A float32 in the file: 9.999999747378752e-06 was written as 1e-5.
+    for name in ("rms_norm_eps", "rope_theta"):
+        if name in fields:
+            fields[name] = float(str(torch.tensor(fields[name], dtype=torch.float32).numpy()))
+    try:
+        config = LlamaReproConfig(**fields)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "model_type": "llama"}))
+    # The loader's progress bar does not know whether anybody is watching.
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton)["tensors"]
+    if "llama.attention.head_count_kv" not in metadata:
+        # The loader then leaves Q and K in the interleaved order.
+        for row in TENSORS:
+            if row.heads is not None:
+                for layer in range(config.num_hidden_layers):
+                    name = row.ours.format(layer)
+                    tensors[name] = to_half_split(tensors[name], getattr(config, row.heads))
+    return config, tensors

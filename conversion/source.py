@@ -1,0 +1,72 @@
+"""A checkpoint opened for reading, whatever its format, with our names; and how the format is recognised."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from hf_llama_repro import LlamaReproConfig
+from hf_llama_repro.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that stays on disk until `read` brings it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a checkpoint says, in our terms."""
+
+    description: str
+    """For people: format, number of shards."""
+    config: LlamaReproConfig
+    tensors: dict[str, StoredTensor]
+    """Our name -> tensor, in the order in which forward uses them; no output matrix when it is tied."""
+    tokenizer: Path | None
+    """What `convert_tokenizer` takes, if there is one."""
+    chat: bool = False
+    """Whether this is a LLaMA 2 chat checkpoint."""
+    token_ids_from_tokenizer: bool = False
+    """Whether the special ids of `config` are only defaults, so that the tokenizer's count."""
+    generation_config: dict = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What was decided where the files leave a choice, and why."""
+
+
+def open_source(path: Path, *, context_length: int | None = None, chat: bool | None = None) -> Source:
+    """Opens an original Meta folder, a Hugging Face Llama or LlamaRepro folder, or a GGUF file.
+
+    `context_length` (tokens) and `chat` answer what a Meta folder may not tell.
+    Raises `CheckpointError` when it is none of these, or damaged.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise CheckpointError(f"{path} is not a GGUF file: give a .gguf file, or the folder of a checkpoint")
+        from .gguf_file import open_gguf
+
+        return open_gguf(path)
+    if (path / "params.json").exists() or any(path.glob("consolidated.*.pth")):
+        from .meta import open_meta
+
+        return open_meta(path, context_length=context_length, chat=chat)
+    if (path / "config.json").exists():
+        from .hugging_face import open_hugging_face
+
+        return open_hugging_face(path)
+    raise CheckpointError(
+        f"{path} is not a checkpoint: neither params.json with consolidated.NN.pth (Meta) "
+        "nor config.json with *.safetensors (Hugging Face) is in it, and it is not a .gguf file"
+    )
