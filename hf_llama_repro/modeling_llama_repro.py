@@ -54,6 +54,9 @@ class LlamaReproRotaryEmbedding(nn.Module):
     The conversion reorders the rows of Q and K from one convention to the other, which leaves every score as it was.
     """
 
+    inv_freq: torch.Tensor  # (head_dim / 2,), fp32
+    original_inv_freq: torch.Tensor
+
     def __init__(self, config: LlamaReproConfig, device=None):
         super().__init__()
         self.config = config
@@ -109,7 +112,7 @@ class LlamaReproMLP(nn.Module):
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "LlamaReproAttention",
     query: torch.Tensor,  # (batch, heads, seq, head_dim)
     key: torch.Tensor,  # (batch, kv_heads, total, head_dim)
     value: torch.Tensor,
@@ -246,11 +249,11 @@ class LlamaReproModel(LlamaReproPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
@@ -293,7 +296,7 @@ class LlamaReproForCausalLM(LlamaReproPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: LlamaReproConfig):
@@ -306,12 +309,12 @@ class LlamaReproForCausalLM(LlamaReproPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],

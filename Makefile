@@ -1,0 +1,40 @@
+# Everything runs in .venv, made from pyproject.toml and pinned by constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help install demo test lint type unit bench build clean
+
+help:  ## show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## make .venv with everything needed
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(INSTALLED)  ## convert a real model and ask it a question (GGUF=FILE: a local one)
+	$(BIN)/python -m examples.demo $(if $(GGUF),--gguf "$(GGUF)")
+
+test: lint type unit  ## lint, types and tests: what CI runs
+
+lint: $(INSTALLED)  ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(INSTALLED)  ## mypy
+	$(BIN)/mypy
+
+unit: $(INSTALLED)  ## pytest (PYTEST="-k parity" chooses)
+	$(BIN)/python -m pytest $(PYTEST)
+
+bench: $(INSTALLED)  ## our model beside transformers' Llama
+	$(BIN)/python benchmarks/model.py
+
+build: $(INSTALLED)  ## wheel and sdist in dist/
+	$(BIN)/python -m build
+
+clean:  ## remove what was built and converted, not the downloads
+	rm -rf .venv build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache
