@@ -1,0 +1,486 @@
+"""From LLaMA's SentencePiece model (or a GGUF's, or a Hugging Face folder's tokenizer) to a folder for AutoTokenizer.
+
+The result is `tokenizer.json` for the class PreTrainedTokenizerFast, whose ids equal SentencePiece's on every text:
+LlamaTokenizer would rebuild its own pre-tokenizer and differ. Before anything is written, ids are compared with the
+`sentencepiece` package's, which is also the reference for how the byte-pair encoding works: of all neighbours whose
+concatenation is a piece, the one with the best score is merged first, and of equal scores the leftmost.
+"""
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_llama_repro.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+
+NO_TOKENIZER = "Give another file with `--tokenizer FILE`, or convert without one: `--no-tokenizer`."
+SPACE = "▁"
+
+# Kinds of pieces, numbered as in SentencePiece's ModelProto and in GGUF's `tokenizer.ggml.token_type`.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+# Where converted tokenizers went wrong before; each is encoded by SentencePiece and by the new tokenizer.
+AWKWARD_TEXTS = (
+    "",
+    " ",
+    "  ",
+    "a",
+    " a",
+    "a ",
+    "  leading and trailing  ",
+    *(" " * count for count in (3, 15, 16, 17, 31, 32, 33, 100)),
+    "a" + " " * 7 + "b" + " " * 18 + "c",
+    "\t",
+    "\t\tx\t y \t",
+    "def f(x):\n    if x:\n        return [\n            x,\n        ]\n\n\n\tpass\n",
+    "\n",
+    "\n\n \n  \n",
+    "line\r\nline\rline\x0b\x0c\x85\u2028\u2029end",
+    "\u00a0no-break\u2003em\u3000ideographic\u200bzero\ufeffmark",
+    "▁ ▁▁ a▁b",
+    "1234567890 3.14159 1,000,000 ½ ² ٣ 五",
+    "The quick brown fox's \"jumps\" -- over (the) lazy dog... don't!?",
+    "aaaaaaaaaaaaaaaaaaaaaaa ========================= ------------ .......",
+    "ﬁ ﬀ Å A\u030a é e\u0301 ẛ̣ ＡＢＣ ㎏ İ ß",
+    "Привет, мир. Γειά σου. שלום عليكم สวัสดี नमस्ते",
+    "你好，世界。龘䶮𠮷 こんにちは カタカナ 안녕하세요",
+    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇫🇷",
+    "".join(chr(code) for code in range(32)) + "\x7f\x80\x9f",
+    "a\x00b\x00",
+    "\U0010ffff\ue000\ufffd\ufffe",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<s> [INST] <<SYS>>\nx\n<</SYS>>\n\n</s><s>y</s> <unk>",
+    "<0x0A> <0x00><0xFF>",
+    "https://example.org/?q=%20&x=[1]#frag {'key': \\n}",
+)
+
+# In Meta's code each finished turn is a text of its own with its own BOS and EOS, and so are the pieces between two
+# control tokens here: SentencePiece's leading space comes back after each of them.
+# https://github.com/meta-llama/llama/blob/main/llama/generation.py, `Llama.chat_completion`
+LLAMA2_CHAT_TEMPLATE = r"""
+{%- for message in messages -%}
+  {%- if message['content'] is not string -%}
+    {{- raise_exception('LLaMA 2 chat: the content of every message must be text') -}}
+  {%- endif -%}
+  {%- for tag in REFUSED_TAGS -%}
+    {%- if tag in message['content'] -%}
+      {{- raise_exception('LLaMA 2 chat: a message must not contain the special tag ' ~ tag) -}}
+    {%- endif -%}
+  {%- endfor -%}
+{%- endfor -%}
+{%- set system = '' -%}
+{%- set turns = messages -%}
+{%- if messages[0]['role'] == 'system' -%}
+  {%- set system = '<<SYS>>\n' ~ messages[0]['content'] ~ '\n<</SYS>>\n\n' -%}
+  {%- set turns = messages[1:] -%}
+{%- endif -%}
+{%- if not turns -%}
+  {{- raise_exception('LLaMA 2 chat: there is no message of the user') -}}
+{%- endif -%}
+{%- for message in turns -%}
+  {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+    {{- raise_exception('LLaMA 2 chat: roles must be [system,] user, assistant, user, ...') -}}
+  {%- elif message['role'] == 'user' -%}
+    {{- bos_token ~ '[INST] ' ~ ((system if loop.first else '') ~ message['content']).strip() ~ ' [/INST]' -}}
+  {%- else -%}
+    {{- ' ' ~ message['content'].strip() ~ ' ' ~ eos_token -}}
+  {%- endif -%}
+{%- endfor -%}
+""".lstrip("\n")
+
+# Files of a Hugging Face folder that make up its tokenizer, besides tokenizer.json and tokenizer_config.json.
+_COPIED_FILES = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+# These classes keep only vocabulary and merges of tokenizer.json and make up the rest.
+_REBUILDING_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTable:
+    """What every kind of tokenizer has: the index into `tokens` and `kinds` is the id."""
+
+    tokens: Sequence[str]
+    kinds: Sequence[int]
+    unk_id: int | None
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    add_bos: bool
+    add_eos: bool
+    chat_template: str | None
+    splits_special_tokens: bool
+    """Text that spells a control token stays text; a chat template could not write control tokens then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """How text becomes tokens and back: the parts of tokenizer.json that do not name control tokens."""
+
+    normalizer: dict[str, Any] | None
+    pre_tokenizer: dict[str, Any] | None
+    decoder: dict[str, Any]
+    model: dict[str, Any]
+
+
+def convert_tokenizer(source: Path, target: Path, *, vocab_size: int, context_length: int, chat: bool = False) -> str:
+    """Write into the existing folder `target` a tokenizer for stock AutoTokenizer; one line for humans comes back.
+
+    `source` is a SentencePiece model, a GGUF file, a Hugging Face folder or its tokenizer.json. `vocab_size` is the
+    number of rows of the model's embedding, `context_length` is in tokens. `chat` gives LLaMA 2's chat template to a
+    SentencePiece tokenizer that has none; other tokenizers keep what they have.
+
+    Text that spells `<s>` stays text, as in SentencePiece (`split_special_tokens`), except where there is a chat
+    template: it writes BOS and EOS as text, and LLaMA 2's refuses messages that spell them.
+
+    Raises CheckpointError where the source is not a tokenizer, has more tokens than the embedding has rows, or cannot
+    be brought over with equal ids.
+    """
+    if not source.exists():
+        raise CheckpointError(f"{source}: no such file. {NO_TOKENIZER}")
+    if source.is_dir() and not (source / "tokenizer.json").exists():
+        if not (source / "tokenizer.model").exists():
+            raise CheckpointError(f"{source}: holds neither tokenizer.json nor tokenizer.model. {NO_TOKENIZER}")
+        source = source / "tokenizer.model"
+    if source.is_dir() or source.suffix == ".json":
+        return _copy_hugging_face(source, target, vocab_size=vocab_size)
+    if source.suffix == ".gguf" or _first_bytes(source, 4) == b"GGUF":
+        from .gguf_tokenizer import read_gguf_tokenizer
+
+        kind, table, pipeline = read_gguf_tokenizer(source)
+        if chat and table.chat_template is None and pipeline.model["byte_fallback"]:
+            table = _with_llama2_chat(table, source)
+        spare_rows = _spare_rows(len(table.tokens), vocab_size, source)
+        _write(target, table, _tokenizer(table, pipeline, source), context_length=context_length)
+        return _summary(kind, table) + spare_rows
+
+    processor = _load_sentencepiece(source)
+    spare_rows = _spare_rows(len(processor), vocab_size, source)
+    table = _sentencepiece_table(processor)
+    if chat:
+        table = _with_llama2_chat(table, source)
+    scores = [processor.get_score(index) for index in range(len(processor))]
+    dummy_prefix = processor.normalize("a").startswith(SPACE)
+    tokenizer = _tokenizer(table, score_pipeline(table, scores, dummy_prefix=dummy_prefix), source)
+    checked = _check_against(processor, tokenizer, table, scores, source)
+    _write(target, table, tokenizer, context_length=context_length)
+    shutil.copyfile(source, target / "tokenizer.model")
+    return f"{_summary('SentencePiece BPE', table)}; ids equal SentencePiece's on {checked:,} texts{spare_rows}"
+
+
+def score_pipeline(table: TokenTable, scores: Sequence[float], *, dummy_prefix: bool) -> Pipeline:
+    """SentencePiece's byte-pair encoding. `dummy_prefix`: a space is put before every text, and removed in decoding."""
+    missing = {f"<0x{byte:02X}>" for byte in range(256)} - set(_pieces(table, BYTE))
+    if missing:
+        raise CheckpointError(
+            f"the SentencePiece model lacks {len(missing)} of the 256 byte pieces (trained without byte_fallback?), "
+            f"which LLaMA's has. {NO_TOKENIZER}"
+        )
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    unescape = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    return Pipeline(
+        normalizer={
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": SPACE}, escape] if dummy_prefix else [escape],
+        },
+        pre_tokenizer=None,
+        decoder={
+            "type": "Sequence",
+            "decoders": [unescape, {"type": "ByteFallback"}, {"type": "Fuse"}, *([strip] if dummy_prefix else [])],
+        },
+        model={
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None if table.unk_id is None else table.tokens[table.unk_id],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {token: index for index, token in enumerate(table.tokens)},
+            "merges": [[left, right] for _, left, right in merges_by_score(table, scores)],
+        },
+    )
+
+
+def merges_by_score(table: TokenTable, scores: Sequence[float]) -> list[tuple[float, str, str]]:
+    """All pairs of pieces that make a third, as (score, left, right), the first to be merged first.
+
+    A list of merges cannot say "equal, so the leftmost". For runs of one character (LLaMA's whitespace pieces, all of
+    score -1e9) it comes to the same if the longer piece goes first: what is already merged on the left grows, before
+    a new pair is begun on its right.
+    """
+    normal = _pieces(table, NORMAL)
+    merges = [
+        (scores[index], piece[:cut], piece[cut:])
+        for piece, index in normal.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    return sorted(merges, key=lambda merge: (-merge[0], -len(merge[1] + merge[2]), -len(merge[1])))
+
+
+def _pieces(table: TokenTable, kind: int) -> dict[str, int]:
+    return {table.tokens[index]: index for index, found in enumerate(table.kinds) if found == kind}
+
+
+def _load_sentencepiece(source: Path) -> "SentencePieceProcessor":
+    from sentencepiece import SentencePieceProcessor
+
+    if source.stat().st_size == 0:  # which sentencepiece takes for "no file given"
+        raise CheckpointError(f"{source}: the file is empty. Download it again. {NO_TOKENIZER}")
+    try:
+        return SentencePieceProcessor(model_file=str(source))
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"{source}: not a SentencePiece model; it looks like {_looks_like(source)}. {NO_TOKENIZER}"
+        ) from error
+
+
+def _first_bytes(source: Path, count: int) -> bytes:
+    with source.open("rb") as file:
+        return file.read(count)
+
+
+def _looks_like(source: Path) -> str:
+    head = _first_bytes(source, 4096)
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer: the file itself was not downloaded (`git lfs pull`)"
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", head):
+        return "Llama 3's tiktoken file, which only its Hugging Face tokenizer.json can stand in for"
+    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
+        return "a web page (an error page saved under this name?); download it again"
+    if head.lstrip().startswith(b"{"):
+        return "JSON; a Hugging Face tokenizer must be named tokenizer.json"
+    return "a damaged or foreign file; download it again"
+
+
+def _sentencepiece_table(processor: "SentencePieceProcessor") -> TokenTable:
+    def kind(index: int) -> int:
+        if processor.is_unknown(index):
+            return UNKNOWN
+        if processor.is_control(index):
+            return CONTROL
+        if processor.is_byte(index):
+            return BYTE
+        # The API does not tell user-defined pieces from normal ones: `_check_against` finds them out.
+        return UNUSED if processor.is_unused(index) else NORMAL
+
+    def id_or_none(index: int) -> int | None:
+        return index if index >= 0 else None
+
+    bos_id = id_or_none(processor.bos_id())
+    return TokenTable(
+        tokens=[processor.id_to_piece(index) for index in range(len(processor))],
+        kinds=[kind(index) for index in range(len(processor))],
+        unk_id=id_or_none(processor.unk_id()),
+        bos_id=bos_id,
+        eos_id=id_or_none(processor.eos_id()),
+        pad_id=id_or_none(processor.pad_id()),
+        add_bos=bos_id is not None,
+        add_eos=False,
+        chat_template=None,
+        splits_special_tokens=True,
+    )
+
+
+def _with_llama2_chat(table: TokenTable, source: Path) -> TokenTable:
+    if table.bos_id is None or table.eos_id is None:
+        raise CheckpointError(f"{source}: has no BOS or no EOS, which LLaMA 2's chat template needs")
+    control = [table.tokens[index] for index in (table.bos_id, table.eos_id, table.unk_id) if index is not None]
+    refused = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", *control]
+    template = LLAMA2_CHAT_TEMPLATE.replace("REFUSED_TAGS", json.dumps(refused))
+    return replace(table, chat_template=template, splits_special_tokens=False)
+
+
+def _spare_rows(tokens: int, vocab_size: int, source: Path) -> str:
+    """Nothing, or what to say about an embedding that was padded or enlarged. Raises where tokens have no row."""
+    if tokens > vocab_size:
+        raise CheckpointError(
+            f"{source}: {tokens:,} tokens, but the model's embedding has {vocab_size:,} rows: "
+            f"the tokenizer belongs to another model. {NO_TOKENIZER}"
+        )
+    return f"; the embedding has {vocab_size - tokens:,} rows more, without tokens" if tokens < vocab_size else ""
+
+
+def _tokenizer(table: TokenTable, pipeline: Pipeline, source: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    added = [
+        {
+            "id": index,
+            "content": table.tokens[index],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind != USER_DEFINED,
+        }
+        for index, kind in enumerate(table.kinds)
+        if kind in (CONTROL, USER_DEFINED) or (kind == UNKNOWN and index == table.unk_id)
+    ]
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": pipeline.normalizer,
+        "pre_tokenizer": pipeline.pre_tokenizer,
+        "post_processor": _post_processor(table, source),
+        "decoder": pipeline.decoder,
+        "model": pipeline.model,
+    }
+    return Tokenizer.from_str(json.dumps(description))
+
+
+def _post_processor(table: TokenTable, source: Path) -> dict[str, Any]:
+    """One BOS in front of each text and EOS behind it, as far as the table wants them."""
+    front = [table.bos_id] if table.add_bos else []
+    end = [table.eos_id] if table.add_eos else []
+    ids = [index for index in front + end if index is not None]
+    if len(ids) < len(front + end):
+        raise CheckpointError(f"{source}: wants BOS or EOS to be added, but names no id for it. {NO_TOKENIZER}")
+
+    def part(letter: str, number: int) -> list[dict[str, Any]]:
+        special = [{"SpecialToken": {"id": table.tokens[index], "type_id": number}} for index in ids]
+        return [*special[: len(front)], {"Sequence": {"id": letter, "type_id": number}}, *special[len(front) :]]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": part("A", 0),
+        "pair": part("A", 0) + part("B", 1),
+        "special_tokens": {
+            table.tokens[index]: {"id": table.tokens[index], "ids": [index], "tokens": [table.tokens[index]]}
+            for index in ids
+        },
+    }
+
+
+def _check_against(
+    processor: "SentencePieceProcessor",
+    tokenizer: "Tokenizer",
+    table: TokenTable,
+    scores: Sequence[float],
+    source: Path,
+) -> int:
+    """Number of texts on which the ids agree. Raises CheckpointError at the first on which they do not."""
+    pieces = (piece for kind in (NORMAL, UNUSED) for piece in _pieces(table, kind))
+    contested = islice(_contested_texts(merges_by_score(table, scores)), 20_000)  # LLaMA has some 700
+    texts = [*AWKWARD_TEXTS, *(text.replace(SPACE, " ") for text in (*pieces, *contested))]
+    tokenizer.encode_special_tokens = True  # the state of this object only: it is not saved
+    found = (encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    for text, ids, expected in zip(texts, found, processor.encode(texts), strict=True):
+        if ids != expected:
+            raise CheckpointError(
+                f"{source}: this SentencePiece model cannot be brought over exactly: {text[:80]!r} should give "
+                f"{expected[:20]}, not {ids[:20]}. LLaMA's is of the type BPE, with byte fallback, and normalises "
+                f"nothing; this one looks like {_deviation(processor, scores)}. {NO_TOKENIZER}"
+            )
+    tokenizer.encode_special_tokens = False
+    return len(texts)
+
+
+def _contested_texts(merges: Sequence[tuple[float, str, str]]) -> Iterator[str]:
+    """Texts in which two merges of equal score want the same middle piece: there the order among equals shows."""
+    rights_of: dict[tuple[float, str], list[str]] = defaultdict(list)
+    for score, left, right in merges:
+        rights_of[score, left].append(right)
+    return (left + right + third for score, left, right in merges for third in rights_of.get((score, right), ()))
+
+
+def _deviation(processor: "SentencePieceProcessor", scores: Sequence[float]) -> str:
+    if any(processor.normalize(character).strip(SPACE) != character for character in "ﬁ①Å"):
+        return "one that normalises Unicode (nmt_nfkc or the like)"
+    if processor.normalize("a  b").strip(SPACE) != f"a{SPACE}{SPACE}b":
+        return "one that removes extra spaces"
+    if any(score != int(score) for score in scores):  # BPE numbers its merges, unigram has log probabilities
+        return "one of the type unigram"
+    return "one with user-defined pieces or pieces of equal score"
+
+
+def _write(target: Path, table: TokenTable, tokenizer: "Tokenizer", *, context_length: int) -> None:
+    tokenizer.save(str(target / "tokenizer.json"))
+    named = {"bos": table.bos_id, "eos": table.eos_id, "unk": table.unk_id, "pad": table.pad_id}
+    config = {
+        "add_bos_token": table.add_bos,
+        "add_eos_token": table.add_eos,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context_length,
+        "split_special_tokens": table.splits_special_tokens,
+        "tokenizer_class": "PreTrainedTokenizerFast",  # transformers 4 has no TokenizersBackend
+        **{f"{name}_token": table.tokens[index] for name, index in named.items() if index is not None},
+    }
+    _write_json(target / "tokenizer_config.json", config)
+    if table.chat_template is not None:
+        (target / "chat_template.jinja").write_text(table.chat_template, encoding="utf-8")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _summary(kind: str, table: TokenTable) -> str:
+    bos = f"BOS {table.tokens[table.bos_id]}" if table.add_bos and table.bos_id is not None else "no BOS"
+    template = "no chat template" if table.chat_template is None else "chat template"
+    return f"{kind}, {len(table.tokens):,} tokens, {bos}, {'' if table.add_eos else 'no '}EOS, {template}"
+
+
+def _copy_hugging_face(source: Path, target: Path, *, vocab_size: int) -> str:
+    """Copies the tokenizer's files; only a class that would rebuild the tokenizer is replaced in its configuration."""
+    folder, file = (source, source / "tokenizer.json") if source.is_dir() else (source.parent, source)
+    tokenizer, config_file = _read_json(file), folder / "tokenizer_config.json"
+    try:
+        added, vocabulary = tokenizer.get("added_tokens", []), tokenizer["model"]["vocab"]
+        listed = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        tokens = max([*listed, *(token["id"] for token in added)]) + 1
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a Hugging Face tokenizer.json (no model.vocab). {NO_TOKENIZER}") from error
+    spare_rows = _spare_rows(tokens, vocab_size, file)
+    config = _read_json(config_file) if config_file.exists() else {}
+    before = config.get("tokenizer_class")
+    rebuilds = before is None or before in _REBUILDING_CLASSES  # without a class, AutoTokenizer goes by the model's
+    if rebuilds:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+
+    shutil.copyfile(file, target / "tokenizer.json")
+    for name in _COPIED_FILES:
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, target / name)
+    if rebuilds:
+        _write_json(target / "tokenizer_config.json", config)
+    else:
+        shutil.copyfile(config_file, target / "tokenizer_config.json")
+    has_template = "chat_template" in config or (folder / "chat_template.jinja").exists()
+    return (
+        f"Hugging Face tokenizer, {tokens:,} tokens, copied"
+        + (f", class {before or 'unnamed'} replaced by PreTrainedTokenizerFast" if rebuilds else "")
+        + f", {'chat template' if has_template else 'no chat template'}{spare_rows}"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise CheckpointError(f"{path}: not readable as JSON ({error}). Download it again. {NO_TOKENIZER}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: should hold a JSON object, not a {type(content).__name__}. {NO_TOKENIZER}")
+    return content
