@@ -8,6 +8,7 @@ Shapes: batch, seq (new tokens), total (cached and new tokens), heads (of Q), kv
 """
 
 from collections.abc import Callable
+from os import PathLike
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from .configuration_llama_repro import LlamaReproConfig
 
 
 class LlamaReproRMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension; the mean square is taken in fp32 whatever the dtype of x."""
+    """x / rms(x) * weight over the last dimension; x / rms(x) is computed in fp32 whatever the dtype of x."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -41,7 +42,10 @@ class LlamaReproRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        x = hidden_states.float()
+        # On CPU one pass over x, where F.rms_norm and x.pow(2).mean() make several.
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        return self.weight * (x * torch.rsqrt(mean_square + self.eps)).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -62,8 +66,7 @@ class LlamaReproRotaryEmbedding(nn.Module):
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
-        rope_init_fn = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        inv_freq, self.attention_scaling = rope_init_fn(config, device)
+        inv_freq, self.attention_scaling = self._rope_init_fn()(config, device)
         # Not saved: `_init_weights` of PreTrainedModel computes both again after a load.
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
@@ -76,11 +79,17 @@ class LlamaReproRotaryEmbedding(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # model.to(torch.bfloat16) would round the frequencies: at position 4000 an angle would be off by radians.
+        # to_empty() from the meta device would leave garbage, and no checkpoint brings them.
         exact = self.inv_freq, self.original_inv_freq
         super()._apply(fn, recurse)
-        if not exact[0].is_meta:
-            self.inv_freq, self.original_inv_freq = (table.to(self.inv_freq.device) for table in exact)
+        if exact[0].is_meta and not self.inv_freq.is_meta:
+            inv_freq, _ = self._rope_init_fn()(self.config, self.inv_freq.device)
+            exact = inv_freq, inv_freq.clone()
+        self.inv_freq, self.original_inv_freq = (table.to(self.inv_freq.device) for table in exact)
         return self
+
+    def _rope_init_fn(self) -> Callable:
+        return ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
 
     @torch.no_grad()
     @dynamic_rope_update  # recomputes inv_freq for rope types that depend on the length
@@ -94,7 +103,7 @@ class LlamaReproRotaryEmbedding(nn.Module):
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns the pairs (x[i], x[i + head_dim / 2]) of x (batch, heads, seq, head_dim); cos and sin broadcast to it."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)
 
 
 class LlamaReproMLP(nn.Module):
@@ -211,6 +220,15 @@ class LlamaReproDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+# Auto class -> file and class, for folders that carry this code. Not the other heads: they build their base model by
+# AutoModel, which knows it only where the package is installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_llama_repro.LlamaReproConfig",
+    "AutoModel": "modeling_llama_repro.LlamaReproModel",
+    "AutoModelForCausalLM": "modeling_llama_repro.LlamaReproForCausalLM",
+}
+
+
 class LlamaReproPreTrainedModel(PreTrainedModel):
     """What every LlamaRepro model declares to transformers."""
 
@@ -229,6 +247,18 @@ class LlamaReproPreTrainedModel(PreTrainedModel):
         "hidden_states": LlamaReproDecoderLayer,
         "attentions": LlamaReproAttention,
     }
+
+    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs):
+        """As in transformers; where the code is saved along, `auto_map` is AUTO_MAP, and else there is none.
+
+        transformers would name the saved class only, but vLLM opens a causal LM by AutoModel; and it would keep the
+        `auto_map` of a folder that was opened by the installed package, without the files that it points to.
+        """
+        if self._auto_class is not None:
+            self.config.auto_map = dict(AUTO_MAP)
+        elif hasattr(self.config, "auto_map"):
+            del self.config.auto_map
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class LlamaReproModel(LlamaReproPreTrainedModel):
@@ -330,6 +360,7 @@ class LlamaReproForCausalLM(LlamaReproPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,  # whatever the config says: `can_return_tuple` looks after that
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -361,6 +392,7 @@ class LlamaReproForQuestionAnswering(GenericForQuestionAnswering, LlamaReproPreT
 
 
 __all__ = [
+    "AUTO_MAP",
     "LlamaReproForCausalLM",
     "LlamaReproForQuestionAnswering",
     "LlamaReproForSequenceClassification",

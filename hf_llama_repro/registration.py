@@ -7,6 +7,7 @@ only what is loaded already, and the rest in the moment in which it is loaded: u
 import importlib.abc
 import importlib.util
 import sys
+import threading
 
 MODEL_TYPE = "llama_repro"
 
@@ -60,12 +61,14 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
     def __init__(self) -> None:
         self.depth = 0
+        self.lock = threading.Lock()  # several threads may import at once
 
     def find_spec(self, fullname, path=None, target=None):
-        if not _PENDING or fullname.partition(".")[0] not in ("transformers", "peft"):
+        # Our own modules too: importing one of them first imports transformers while it is half-way itself.
+        if not _PENDING or fullname.partition(".")[0] not in ("transformers", "peft", __package__):
             return None
-        for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, "find_spec"):
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            if not hasattr(finder, "find_spec"):
                 continue
             if (spec := finder.find_spec(fullname, path, target)) is not None:
                 if spec.loader is not None:
@@ -77,11 +80,13 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         exec_module = loader.exec_module
 
         def counted(module):
-            self.depth += 1
+            with self.lock:
+                self.depth += 1
             try:
                 exec_module(module)
             finally:
-                self.depth -= 1
+                with self.lock:
+                    self.depth -= 1
             if not self.depth:
                 register_what_is_loaded()
 
@@ -99,4 +104,5 @@ def register_what_is_loaded() -> None:
 def install() -> None:
     """Registers now what is loaded, and on import what is not."""
     register_what_is_loaded()
-    sys.meta_path.insert(0, _AfterImport())
+    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
