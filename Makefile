@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test lint type unit bench build clean
+.PHONY: help install demo test lint type unit test-transformers bench build clean
 
 help:  ## show the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 install: $(INSTALLED)  ## make .venv with everything needed
 
@@ -29,6 +29,9 @@ type: $(INSTALLED)  ## mypy
 
 unit: $(INSTALLED)  ## pytest (PYTEST="-k parity" chooses)
 	$(BIN)/python -m pytest $(PYTEST)
+
+test-transformers: $(INSTALLED)  ## transformers' own model tests, ours beside stock Llama (TESTS=its tests folder)
+	$(BIN)/python -m tests.transformers_suite.run $(if $(TESTS),--tests "$(TESTS)")
 
 bench: $(INSTALLED)  ## our model beside transformers' Llama
 	$(BIN)/python benchmarks/model.py

@@ -159,7 +159,7 @@ def test_model_prepared_for_kbit_training_has_the_loss_and_gradients_of_stock_ll
 
 
 def test_fp32_norms_in_a_bf16_model_are_no_further_from_the_truth_than_stock_llamas():
-    tokens = random_tokens(tiny_config())
+    tokens = random_tokens(tiny_config(), batch=4, seq=128)
     exact, errors = logits_of(random_model(), tokens), []
     model = random_model().to(torch.bfloat16)
     for each in (model, stock_twin(model)):
@@ -167,5 +167,6 @@ def test_fp32_norms_in_a_bf16_model_are_no_further_from_the_truth_than_stock_lla
             if "norm" in name:
                 parameter.data = parameter.data.float()
         with torch.autocast("cpu", torch.bfloat16):
-            errors.append(relative_difference(logits_of(each, tokens), exact))
-    assert errors[0] < 1.25 * errors[1]
+            # The mean, not the largest: that is the luck of single logits.
+            errors.append((logits_of(each, tokens) - exact).square().mean().sqrt())
+    assert errors[0] < 1.02 * errors[1]
