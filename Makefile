@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test lint type unit test-transformers bench build clean
+.PHONY: help install demo test test-oldest lint type unit test-transformers bench build clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -19,6 +19,16 @@ demo: $(INSTALLED)  ## convert a real model and ask it a question (GGUF=FILE: a 
 	$(BIN)/python -m examples.demo $(if $(GGUF),--gguf "$(GGUF)")
 
 test: lint type unit  ## lint, types and tests: what CI runs
+
+test-oldest: .venv-oldest/.installed  ## the tests with the oldest transformers that pyproject.toml allows
+	.venv-oldest/bin/python -m pytest $(PYTEST)
+
+.venv-oldest/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint .venv-oldest/constraints.txt --editable ".[dev]" transformers==5.16.0
+	touch $@
 
 lint: $(INSTALLED)  ## ruff: style and formatting
 	$(BIN)/ruff check .
@@ -40,4 +50,4 @@ build: $(INSTALLED)  ## wheel and sdist in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove what was built and converted, not the downloads
-	rm -rf .venv build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache

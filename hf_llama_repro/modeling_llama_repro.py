@@ -8,6 +8,7 @@ Shapes: batch, seq (new tokens), total (cached and new tokens), heads (of Q), kv
 """
 
 from collections.abc import Callable
+from itertools import islice
 from os import PathLike
 
 import torch
@@ -43,9 +44,10 @@ class LlamaReproRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.float()
-        # On CPU one pass over x, where F.rms_norm and x.pow(2).mean() make several.
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-        return self.weight * (x * torch.rsqrt(mean_square + self.eps)).to(hidden_states.dtype)
+        # Fewer passes over x, forward and backward, than x.pow(2).mean() or F.rms_norm take on CPU.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        mean_square_and_eps = torch.rsub(norm.square(), self.eps, alpha=-1 / x.shape[-1])  # eps + norm^2 / size
+        return self.weight * (x * mean_square_and_eps.rsqrt()).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -177,14 +179,15 @@ class LlamaReproAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # -1 and not the number of heads: under tensor parallelism this process holds a slice of them.
         batch_seq = hidden_states.shape[:-1]
-        query = (
-            self.q_proj(hidden_states).view(*batch_seq, -1, self.head_dim).transpose(1, 2)
-        )  # (batch, heads, seq, head_dim)
-        key = self.k_proj(hidden_states).view(*batch_seq, -1, self.head_dim).transpose(1, 2)  # (batch, kv_heads, ...)
-        value = self.v_proj(hidden_states).view(*batch_seq, -1, self.head_dim).transpose(1, 2)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        heads = query.shape[-1] // self.head_dim  # of this process: under tensor parallelism a slice of all
 
-        cos, sin = (table.unsqueeze(1) for table in position_embeddings)  # (batch, 1, seq, head_dim)
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        # Q and K turn alike, so both at once: (batch, heads + kv_heads, seq, head_dim)
+        cos, sin = position_embeddings
+        query_key = torch.cat((query, key), dim=-1).view(*batch_seq, -1, self.head_dim).transpose(1, 2)
+        query_key = apply_rotary(query_key, cos.unsqueeze(1), sin.unsqueeze(1))
+        query, key = query_key[:, :heads], query_key[:, heads:]
+        value = value.view(*batch_seq, -1, self.head_dim).transpose(1, 2)  # (batch, kv_heads, seq, head_dim)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (batch, kv_heads, total, head_dim)
 
@@ -308,7 +311,7 @@ class LlamaReproModel(LlamaReproPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
         hidden_states = inputs_embeds
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for layer in islice(self.layers, self.config.num_hidden_layers):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,

@@ -230,7 +230,7 @@ def test_continuous_batching_generates_the_same(attn_implementation):
     results = model.generate_batch(
         [prompt.tolist() for prompt in prompts],
         generation_config=GenerationConfig(eos_token_id=-1, pad_token_id=0, **GREEDY),
-        continuous_batching_config=ContinuousBatchingConfig(page_size=16, num_blocks=32, max_batch_tokens=48),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=48),
     )
     assert [result.generated_tokens for result in results.values()] == expected
 
