@@ -14,13 +14,15 @@ def run(work: Callable[[], object]) -> int:
         raise KeyboardInterrupt
 
     # Ends like Ctrl-C, so that what is half-written is removed.
-    signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         work()
-    except CheckpointError as error:
+    except (CheckpointError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0

@@ -152,26 +152,28 @@ def _write_configuration(folder: Path, config: "LlamaReproConfig", model_type: s
     import shutil
 
     import hf_llama_repro
+    from hf_llama_repro.modeling_llama_repro import AUTO_MAP
 
     for name in ("configuration_llama_repro.py", "modeling_llama_repro.py"):
         shutil.copyfile(Path(hf_llama_repro.__file__).parent / name, folder / name)
-    auto_map = {
-        "AutoConfig": "configuration_llama_repro.LlamaReproConfig",
-        "AutoModel": "modeling_llama_repro.LlamaReproModel",
-        "AutoModelForCausalLM": "modeling_llama_repro.LlamaReproForCausalLM",
-    }
-    write_json(folder / "config.json", {**fields, "architectures": ["LlamaReproForCausalLM"], "auto_map": auto_map})
+    write_json(folder / "config.json", {**fields, "architectures": ["LlamaReproForCausalLM"], "auto_map": AUTO_MAP})
 
 
 def _write_generation_config(folder: Path, opened: "Source") -> None:
     from transformers import GenerationConfig
 
+    from .target import write_json
+
+    if opened.generation_config:
+        # As it is: transformers 5 refuses to save some that it opens (sampling values without do_sample).
+        write_json(folder / "generation_config.json", opened.generation_config)
+        return
     config = opened.config
     token_ids: dict[str, Any] = {
         name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
     sampling = CHAT_SAMPLING if opened.chat else {}
-    GenerationConfig(**{**token_ids, **sampling, **opened.generation_config}).save_pretrained(folder)
+    GenerationConfig(**{**token_ids, **sampling}).save_pretrained(folder)
 
 
 def build_parser() -> argparse.ArgumentParser:

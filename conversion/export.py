@@ -29,6 +29,7 @@ def export(
     target: Path,
     *,
     shards: int = 1,
+    with_tokenizer: bool = True,
     context_length: int | None = None,
     overwrite: bool = False,
 ) -> str:
@@ -40,17 +41,19 @@ def export(
     from tqdm import tqdm
 
     from .keys import EMBEDDING, OUTPUT, expand
-    from .source import open_source
+    from .source import open_source, promoted
     from .target import num_target_bytes, whole_or_nothing, write_json
 
     source = open_source(model, context_length=context_length)
     config = source.config
     _check_exportable(config, shards)
+    # config.json may name another; what reads params.json sees only the weights.
+    config.dtype = promoted(source.tensors.values())
     # Meta's layout has no tied weights: the embedding is written as the output matrix too.
     tensors = source.tensors if OUTPUT in source.tensors else {**source.tensors, OUTPUT: source.tensors[EMBEDDING]}
     num_bytes = num_target_bytes(tensors, None)
     with whole_or_nothing(target, model, overwrite=overwrite, num_bytes=num_bytes) as folder:
-        tokenizer_line = _write_tokenizer(source, folder)
+        tokenizer_line = _write_tokenizer(source, folder) if with_tokenizer else "none"
         write_json(folder / "params.json", params(config, has_tokenizer_model=(folder / "tokenizer.model").is_file()))
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="weights", disable=None) as progress:
             for rank in range(shards):
@@ -147,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, help="Hugging Face Llama or LlamaRepro folder, Meta folder, or .gguf file")
     parser.add_argument("target", type=Path, help="folder to make")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of consolidated.NN.pth (default: 1)")
+    parser.add_argument("--no-tokenizer", dest="with_tokenizer", action="store_false", help="write none")
     parser.add_argument("--context-length", type=int, metavar="TOKENS", help="where a Meta folder does not tell it")
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it is a checkpoint")
     return parser

@@ -1,6 +1,7 @@
 """Hugging Face folders of stock Llama or LlamaRepro: config.json and safetensors (or the older pytorch_model.bin)."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from hf_llama_repro import LlamaReproConfig
 from hf_llama_repro.errors import CheckpointError
 
-from .keys import OUR_FREQUENCIES, OUTPUT, check_names, our_shapes
-from .source import Source, StoredTensor
+from .keys import DTYPES, EMBEDDING, OUR_FREQUENCIES, OUTPUT, check_layers, check_names, our_shapes
+from .source import Source, StoredTensor, promoted
 
 MODEL_TYPES = ("llama", "llama_repro")
 # Fields that say how the folder is opened, not what the model is.
@@ -25,20 +26,27 @@ def open_hugging_face(folder: Path) -> Source:
     model_type = fields.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(f"{folder} holds model_type {model_type!r}, not one of {', '.join(MODEL_TYPES)}")
-    if "quantization_config" in fields:
+    if quantization := fields.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(
-            f"{folder} is quantized ({fields['quantization_config'].get('quant_method', 'unknown method')}): "
-            "convert the 16- or 32-bit weights that it was made from"
+            f"{folder} is quantized ({method}): convert the 16- or 32-bit weights that it was made from"
         )
     tensors = _tensors(folder)
-    dtype = fields.get("dtype") or fields.get("torch_dtype") or _promoted(tensors)
+    dtype = fields.get("dtype") or fields.get("torch_dtype") or promoted(tensors.values())
     architecture = {name: value for name, value in fields.items() if name not in _NOT_ARCHITECTURE}
     try:
         config = LlamaReproConfig(**{**architecture, "dtype": dtype})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-    if config.tie_word_embeddings:
-        tensors.pop(OUTPUT, None)
+    check_layers(tensors, config, folder, "config.json")
+    notes: tuple[str, ...] = ()
+    if config.tie_word_embeddings and {OUTPUT, EMBEDDING} <= set(tensors):
+        # As transformers loads it: different matrices are not tied, whatever config.json says.
+        if torch.equal(tensors[OUTPUT].read(), tensors[EMBEDDING].read()):
+            del tensors[OUTPUT]
+        else:
+            config.tie_word_embeddings = False
+            notes = ("output matrix differs from the embedding: not tied, though config.json says so",)
     shapes = our_shapes(config)
     check_names(set(tensors), set(shapes), str(folder))
     for name, shape in shapes.items():
@@ -53,6 +61,7 @@ def open_hugging_face(folder: Path) -> Source:
         tensors={name: tensors[name] for name in shapes},
         tokenizer=folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None,
         generation_config=read_json(generation) if generation.is_file() else {},
+        notes=notes,
     )
 
 
@@ -72,7 +81,10 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
         ("pytorch_model.bin.index.json", "pytorch_model.bin", _pytorch),
     ):
         if (folder / index_name).is_file():
-            files = sorted(set(read_json(folder / index_name).get("weight_map", {}).values()))
+            weight_map = read_json(folder / index_name).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise CheckpointError(f"{folder / index_name} has no weight_map of file names: download it again")
+            files = sorted(set(weight_map.values()))
         elif (folder / single_name).is_file():
             files = [single_name]
         else:
@@ -82,7 +94,13 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
             if Path(file).name != file or not (folder / file).is_file():
                 raise CheckpointError(f"{folder / index_name} names {file}, which is not there: download it")
             tensors.update(load(folder / file))
-        return {name: tensor for name, tensor in tensors.items() if not OUR_FREQUENCIES.fullmatch(name)}
+        tensors = {name: tensor for name, tensor in tensors.items() if not OUR_FREQUENCIES.fullmatch(name)}
+        if not tensors:
+            raise CheckpointError(f"{folder} has no tensors in {', '.join(files) or index_name}: download it again")
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES:
+                raise CheckpointError(f"{folder}: {name} is {tensor.dtype}, not a 16- or 32-bit float: quantized?")
+        return tensors
     raise CheckpointError(f"{folder} has config.json but no weights: neither model.safetensors nor pytorch_model.bin")
 
 
@@ -94,23 +112,19 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name in file.keys():  # noqa: SIM118 - not a mapping
         piece = file.get_slice(name)
+        shape = tuple(piece.get_shape())
         # Reading no rows gives the dtype as torch names it.
-        dtype = piece[:0].dtype
-        tensors[name] = StoredTensor(tuple(piece.get_shape()), dtype, lambda name=name: file.get_tensor(name))
+        dtype = piece[:0].dtype if shape else file.get_tensor(name).dtype
+        tensors[name] = StoredTensor(shape, dtype, partial(file.get_tensor, name))
     return tensors
 
 
 def _pytorch(path: Path) -> dict[str, StoredTensor]:
     from .meta import load_shard
 
+    rowwise = torch.contiguous_format
     return {
-        name: StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.clone) for name, tensor in load_shard(path).items()
+        # A copy in order of rows: tensors of one file may share storage, or be transposed views.
+        name: StoredTensor(tuple(tensor.shape), tensor.dtype, partial(torch.clone, tensor, memory_format=rowwise))
+        for name, tensor in load_shard(path).items()
     }
-
-
-def _promoted(tensors: dict[str, StoredTensor]) -> torch.dtype:
-    dtypes = [tensor.dtype for tensor in tensors.values()]
-    dtype = dtypes[0]
-    for other in dtypes[1:]:
-        dtype = torch.promote_types(dtype, other)
-    return dtype

@@ -5,6 +5,8 @@ RowParallelLinear columns, the embedding is cut along the hidden dimension, norm
 """
 
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -57,6 +59,8 @@ BIASES = {
     "mlp_bias": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 }
 
+# What a weight may be; anything else is quantized or damaged.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OUTPUT, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -111,6 +115,15 @@ def to_half_split(rows: torch.Tensor, heads: int) -> torch.Tensor:
 def to_interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """The inverse of `to_half_split`."""
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def check_layers(names: Iterable[str], config: LlamaReproConfig, where: Path, told_by: str) -> None:
+    """Before anything is laid out for a number of layers that only a damaged configuration has."""
+    found = len({match[1] for name in names if (match := re.search(r"\b(?:layers|blk)\.(\d+)\.", name))})
+    if found != config.num_hidden_layers:
+        raise CheckpointError(
+            f"{where} holds {found} layers, but {told_by} asks for {config.num_hidden_layers}: download both again"
+        )
 
 
 def check_names(found: set[str], expected: set[str], where: str) -> None:

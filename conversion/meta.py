@@ -1,9 +1,9 @@
 """Meta's layout: params.json, consolidated.NN.pth for each model-parallel rank, tokenizer.model."""
 
+import hashlib
 import json
-import math
-import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,10 +15,12 @@ from hf_llama_repro import LlamaReproConfig
 from hf_llama_repro.errors import CheckpointError
 
 from .keys import (
+    DTYPES,
     META_FREQUENCIES,
     META_FREQUENCIES_PER_LAYER,
     OUTPUT,
     Tensor,
+    check_layers,
     check_names,
     expand,
     sizes,
@@ -26,10 +28,15 @@ from .keys import (
 )
 from .source import Source, StoredTensor
 
+CHECKLIST = "checklist.chk"
+"""Meta's list of md5 sums, one for each file of the folder."""
 SHARD_NAME = re.compile(r"consolidated\.(\d{2})\.pth")
 # Context in tokens that each generation was trained with; the files do not name it.
 CONTEXT_LENGTH = {"LLaMA 1": 2048, "LLaMA 2": 4096}
 Shard = dict[str, torch.Tensor]
+_OPTIONAL_NUMBERS = ("n_kv_heads", "multiple_of", "ffn_dim_multiplier", "rope_theta", "head_dim", "max_seq_len")
+_FRACTIONS = ("norm_eps", "ffn_dim_multiplier", "rope_theta")
+_MAX_NUMBER = 10**12
 
 
 def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | None = None) -> Source:
@@ -42,7 +49,11 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
     shards = [load_shard(path) for path in paths]
     config_fields = _config_fields(params, shards, paths)
     context, reason = _context_length(params, shards, context_length, config_fields)
-    config = LlamaReproConfig(**config_fields, max_position_embeddings=context)
+    try:
+        config = LlamaReproConfig(**config_fields, max_position_embeddings=context)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'params.json'}: {error}") from None
+    check_layers(shards[0], config, paths[0], "params.json")
     rows = expand(config)
     _check_shards(shards, paths, rows, config)
 
@@ -53,6 +64,8 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
         del tensors[OUTPUT]
 
     notes = [f"context of {context} tokens: {reason}"]
+    if num_files := _check_list(folder):
+        notes.append(f"md5 of {num_files} file{'s' if num_files > 1 else ''} as in {CHECKLIST}")
     if config.tie_word_embeddings:
         notes.append("output matrix equal to the embedding: tied")
     tokenizer = _tokenizer(folder)
@@ -83,20 +96,23 @@ def read_params(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is a web page, not JSON (an error of the download?): download it again")
     try:
         params = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from None
+    if not isinstance(params, dict):
+        raise CheckpointError(f"{path} holds a {type(params).__name__}, not a JSON object: download it again")
+    # A field with null counts as left out.
+    params = {name: value for name, value in params.items() if value is not None}
     needed = {"dim", "n_layers", "n_heads", "norm_eps"}
-    if not isinstance(params, dict) or (missing := needed - set(params)):
+    if missing := needed - set(params):
         raise CheckpointError(
-            f"{path} lacks {', '.join(sorted(missing if isinstance(params, dict) else needed))}: "
-            "it is not the params.json of a LLaMA checkpoint"
+            f"{path} lacks {', '.join(sorted(missing))}: it is not the params.json of a LLaMA checkpoint"
         )
-    for name in needed | {"n_kv_heads", "multiple_of", "ffn_dim_multiplier", "rope_theta", "head_dim", "max_seq_len"}:
-        value = params.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-        whole = name in ("norm_eps", "ffn_dim_multiplier", "rope_theta") or isinstance(value, int)
-        if value is not None and not (number and whole):
-            raise CheckpointError(f"{path}: {name} = {value!r} is not a positive number")
+    for name in (*sorted(needed), *_OPTIONAL_NUMBERS):
+        value = params.get(name, 1)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MAX_NUMBER
+        if not number or not (isinstance(value, int) or name in _FRACTIONS):
+            kind = "number" if name in _FRACTIONS else "whole number"
+            raise CheckpointError(f"{path}: {name} = {str(value)[:40]!r} is not a positive {kind} of a sensible size")
     if params["dim"] % params["n_heads"] and "head_dim" not in params:
         raise CheckpointError(f"{path}: dim = {params['dim']} is not a multiple of n_heads = {params['n_heads']}")
     if params["n_heads"] % (params.get("n_kv_heads") or params["n_heads"]):
@@ -148,26 +164,31 @@ def load_shard(path: Path) -> Shard:
                 raise CheckpointError(
                     f"{path} is truncated or not a PyTorch file ({path.stat().st_size:,} bytes): download it again"
                 )
-        shard = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "WeightsUnpickler" in str(error) or "GLOBAL" in str(error):
-            what = re.search(r"(?:GLOBAL|global:?)\s+([\w.]+)", str(error))
+        with warnings.catch_warnings():
+            # The one error says what there is to say.
+            warnings.simplefilter("ignore")
+            shard = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (CheckpointError, PermissionError):
+        raise
+    except Exception as error:  # the loader raises whatever the damage leads to
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
-                f"{path} holds code that loading would execute{f' ({what[1]})' if what else ''}; "
+                f"{path} holds code that loading would execute ({code[1]}); "
                 "it was refused and nothing was run. A checkpoint of Meta's holds tensors only"
             ) from None
-        raise CheckpointError(f"{path} is damaged ({_first_line(error)}): download it again") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is truncated or damaged ({_first_line(error)}): download it again") from None
-    if not isinstance(shard, dict) or not all(isinstance(t, torch.Tensor) for t in shard.values()):
+        raise CheckpointError(f"{path} is truncated or damaged ({_reason(error)}): download it again") from None
+    if not isinstance(shard, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+        for name, tensor in shard.items()
+    ):
         raise CheckpointError(f"{path} holds no dictionary of tensors: it is not a shard of a Meta checkpoint")
-    return shard
+    return {name: tensor.detach() for name, tensor in shard.items()}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _reason(error: Exception) -> str:
+    """torch's message without its page of advice on how to load it all the same."""
+    lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
 
 
 def _config_fields(params: dict[str, Any], shards: list[Shard], paths: list[Path]) -> dict[str, Any]:
@@ -196,7 +217,7 @@ def _config_fields(params: dict[str, Any], shards: list[Shard], paths: list[Path
         "head_dim": params.get("head_dim") or dim // heads,
         "rms_norm_eps": float(params["norm_eps"]),
         "rope_theta": float(params.get("rope_theta") or 10000.0),
-        "dtype": _dtype(shards),
+        "dtype": _dtype(shards, paths),
     }
 
 
@@ -206,13 +227,16 @@ def _first(shard: Shard, name: str, path: Path) -> torch.Tensor:
     return shard[name]
 
 
-def _dtype(shards: list[Shard]) -> torch.dtype:
+def _dtype(shards: list[Shard], paths: list[Path]) -> torch.dtype:
     """The dtype that holds every weight without loss."""
     dtype = None
-    for shard in shards:
+    for shard, path in zip(shards, paths, strict=True):
         for name, tensor in shard.items():
-            if not _is_frequencies(name):
-                dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+            if _is_frequencies(name):
+                continue
+            if tensor.dtype not in DTYPES:
+                raise CheckpointError(f"{path}: {name} is {tensor.dtype}, but a LLaMA weight is a 16- or 32-bit float")
+            dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
     assert dtype is not None
     return dtype
 
@@ -240,13 +264,13 @@ def _context_length(
     )
 
 
-def tells_context_length(params: dict[str, Any], dtype: torch.dtype, context_length: int) -> bool:
+def tells_context_length(params: dict[str, Any], dtype: torch.dtype | str, context_length: int) -> bool:
     """Whether the context of an exported checkpoint is recognised without being written."""
     versions = {version for version, _ in _evidence(params, (), dtype)}
     return {CONTEXT_LENGTH[version] for version in versions} == {context_length}
 
 
-def _evidence(params: dict[str, Any], names: Iterable[str], dtype: torch.dtype) -> list[tuple[str, str]]:
+def _evidence(params: dict[str, Any], names: Iterable[str], dtype: torch.dtype | str) -> list[tuple[str, str]]:
     """(version, sign) for every sign; one that is certain stands alone."""
     if params.get("n_kv_heads") or params.get("ffn_dim_multiplier"):
         return [("LLaMA 2", "grouped-query attention or a feed-forward multiplier in params.json")]
@@ -284,10 +308,6 @@ def _check_shards(
                     f"{path}: {meta} has shape {list(shard[meta].shape)}, but params.json and {len(shards)} shard(s) "
                     f"ask for {expected}"
                 )
-            if not shard[meta].dtype.is_floating_point:
-                raise CheckpointError(
-                    f"{path}: {meta} is {shard[meta].dtype}: a LLaMA weight is a floating-point number"
-                )
             if shard[meta].dtype != shards[0][meta].dtype:
                 raise CheckpointError(
                     f"{path}: {meta} is {shard[meta].dtype}, but {shards[0][meta].dtype} in {paths[0].name}: "
@@ -295,6 +315,7 @@ def _check_shards(
                 )
     replicated = [meta for row, meta, _ in rows if row.cut is None]
     first_gate = "layers.0.feed_forward.w1.weight"
+    seen: dict[bytes, Path] = {}
     for shard, path in zip(shards[1:], paths[1:], strict=True):
         for meta in replicated:
             # Compared as bytes: NaN is unequal to itself.
@@ -303,8 +324,31 @@ def _check_shards(
                     f"{path}: {meta} differs from {paths[0].name}, though every shard holds the same one: "
                     "the shards are not of one checkpoint"
                 )
-        if shard[first_gate].any() and torch.equal(_bits(shard[first_gate]), _bits(shards[0][first_gate])):
-            raise CheckpointError(f"{path} repeats {paths[0].name}: the same shard under two names")
+    for shard, path in zip(shards, paths, strict=True):
+        content = hashlib.md5(_bits(shard[first_gate]).numpy().data, usedforsecurity=False).digest()
+        if (first := seen.setdefault(content, path)) is not path and shard[first_gate].any():
+            raise CheckpointError(f"{path} repeats {first.name}: the same shard under two names")
+
+
+def _check_list(folder: Path) -> int:
+    """Number of files that have the md5 which Meta's list gives them. Raises `CheckpointError` where one has not."""
+    listing = folder / CHECKLIST
+    text = listing.read_text(encoding="utf-8", errors="replace") if listing.is_file() else ""
+    named = re.findall(r"^([0-9a-f]{32})[ \t]+\*?(\S+)\s*$", text, re.MULTILINE)
+    for md5, name in named:
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{listing} names {name}, which is not there: download it")
+        with path.open("rb") as file:
+            found = hashlib.md5(usedforsecurity=False)
+            while block := file.read(1 << 24):
+                found.update(block)
+        if found.hexdigest() != md5:
+            raise CheckpointError(
+                f"{path} has the md5 {found.hexdigest()}, but {CHECKLIST} says {md5}: download it again "
+                f"(or remove {CHECKLIST}, if you have changed the file yourself)"
+            )
+    return len(named)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A checkpoint opened for reading, whatever its format, with our names; and how the format is recognised."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,11 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def promoted(tensors: Iterable[StoredTensor]) -> torch.dtype:
+    """The dtype that holds every tensor without loss."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,11 @@ def open_source(path: Path, *, context_length: int | None = None, chat: bool | N
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
+    is_meta = path.is_dir() and ((path / "params.json").exists() or any(path.glob("consolidated.*.pth")))
+    if not is_meta and (context_length is not None or chat is not None):
+        raise CheckpointError(
+            f"{path} is no Meta folder: --context-length and --chat answer what only Meta's files leave open"
+        )
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -58,7 +69,7 @@ def open_source(path: Path, *, context_length: int | None = None, chat: bool | N
         from .gguf_file import open_gguf
 
         return open_gguf(path)
-    if (path / "params.json").exists() or any(path.glob("consolidated.*.pth")):
+    if is_meta:
         from .meta import open_meta
 
         return open_meta(path, context_length=context_length, chat=chat)

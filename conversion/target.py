@@ -38,6 +38,7 @@ def whole_or_nothing(target: Path, source: Path, *, overwrite: bool, num_bytes: 
     target = target.absolute()
     _check_target(target, source.absolute(), overwrite=overwrite)
     partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+    replaced = partial.with_name(f"{partial.name}-replaced")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
@@ -45,20 +46,32 @@ def whole_or_nothing(target: Path, source: Path, *, overwrite: bool, num_bytes: 
             raise CheckpointError(f"{target} needs {num_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
         partial.mkdir()
         yield partial
-        replaced = partial.with_name(f"{partial.name}-replaced")
         if target.exists():
             target.rename(replaced)
         partial.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if (reason := _failed_write(error)) is None:
             raise
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        raise CheckpointError(
-            f"{target} could not be written ({'no space left on the disk' if full else error}); nothing is left of it"
-        ) from error
+        raise CheckpointError(f"{target} could not be written ({reason}); nothing is left of it") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        # Stopped between the two renames: the old folder comes back.
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        for folder in (partial, replaced):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _failed_write(error: Exception) -> str | None:
+    """Why writing failed, if that is what happened: each library that writes has an exception of its own for it."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return "no space left on the disk"
+    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch does not say why
+        return "no space left on the disk, or a limit on the size of files"
+    # tokenizers raises a bare Exception with Rust's text.
+    known = isinstance(error, OSError | SafetensorError) or "(os error" in str(error)
+    return str(error) if known else None
 
 
 def _check_target(target: Path, source: Path, *, overwrite: bool) -> None:

@@ -1,0 +1,204 @@
+"""Files that would run code when they are loaded, and files with bytes changed at random."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from meta_checkpoints import meta_folder, meta_params, meta_weights, write_meta
+from random_models import random_model, tiny_config
+
+from conversion.convert import convert, main
+from hf_llama_repro.errors import CheckpointError
+
+
+class Call:
+    """Unpickles by calling `function` with `arguments`."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def hostile(kind, evidence):
+    """What a pickle may hold that creates the file `evidence` when it is loaded with pickle.load."""
+    write = f"open({str(evidence)!r}, 'w').close()"
+    return {
+        "os.system": Call(os.system, f"touch '{evidence}'"),
+        "builtins.eval": Call(eval, write),
+        "builtins.exec": Call(exec, write),
+        "nested": {"norm.weight": [Call(getattr, Call(__import__, "os"), "system"), Call(os.mkdir, str(evidence))]},
+        "in a tensor's place": {**meta_weights(meta_params()), "norm.weight": Call(os.mkdir, str(evidence))},
+    }[kind]
+
+
+KINDS = ["os.system", "builtins.eval", "builtins.exec", "nested", "in a tensor's place"]
+
+
+def save_zip(content, path):
+    torch.save(content, path)
+
+
+def save_legacy(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def save_bare(content, path):
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+def save_bare_newer(content, path):
+    path.write_bytes(pickle.dumps(content, protocol=4))
+
+
+writers = pytest.mark.parametrize("save", [save_zip, save_legacy, save_bare])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("save", [save_zip, save_legacy, save_bare, save_bare_newer])
+def test_the_hostile_files_of_these_tests_do_run_their_code(tmp_path, kind, save):
+    """Control: what is refused below is not refused for being broken."""
+    save(hostile(kind, tmp_path / "evidence"), tmp_path / "file")
+    if save in (save_bare, save_bare_newer):
+        pickle.loads((tmp_path / "file").read_bytes())
+    else:
+        torch.load(tmp_path / "file", weights_only=False)
+    assert (tmp_path / "evidence").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@writers
+def test_code_in_a_shard_is_refused_and_not_run(tmp_path, capsys, kind, save):
+    meta = meta_folder(tmp_path / "meta", shards=2)
+    save(hostile(kind, tmp_path / "evidence"), meta / "consolidated.01.pth")
+    with pytest.raises(CheckpointError, match=r"\.01\.pth holds code that loading would execute \([\w.]+\)"):
+        convert(meta, tmp_path / "ours", with_tokenizer=False)
+    assert main([str(meta), str(tmp_path / "ours"), "--no-tokenizer"]) == 2
+    assert "nothing was run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["meta"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_in_a_pickle_that_torch_never_writes_is_not_run(tmp_path, kind):
+    meta = meta_folder(tmp_path / "meta", shards=2)
+    save_bare_newer(hostile(kind, tmp_path / "evidence"), meta / "consolidated.01.pth")
+    with pytest.raises(CheckpointError, match=r"\.01\.pth is truncated or damaged \(Unsupported operand 149\)"):
+        convert(meta, tmp_path / "ours", with_tokenizer=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["meta"]
+
+
+@writers
+def test_code_in_a_pytorch_model_bin_is_refused_and_not_run(tmp_path, save):
+    folder = tmp_path / "stock"
+    random_model(tiny_config()).config.save_pretrained(folder)
+    save(hostile("os.system", tmp_path / "evidence"), folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin holds code that loading would execute"):
+        convert(folder, tmp_path / "ours", with_tokenizer=False)
+    assert not (tmp_path / "evidence").exists()
+
+
+@pytest.mark.parametrize("save", [save_zip, save_legacy])
+def test_both_file_formats_of_torch_are_read(tmp_path, save):
+    meta = meta_folder(tmp_path / "meta")
+    save(meta_weights(meta_params()), meta / "consolidated.00.pth")
+    convert(meta, tmp_path / "ours", with_tokenizer=False)
+
+
+def test_damage_is_not_mistaken_for_code(tmp_path):
+    meta = meta_folder(tmp_path / "meta")
+    (meta / "consolidated.00.pth").write_bytes(b"\x80\x02" + b"\xff" * 100)
+    with pytest.raises(CheckpointError, match=r"is truncated or damaged .*: download it again"):
+        convert(meta, tmp_path / "ours", with_tokenizer=False)
+
+
+# Bytes changed at random: an error for the user, or a conversion; never another exception, never half a folder.
+
+# Where (a share of the file), and what stands there then.
+EDIT = st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4))
+searching = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(scope="module")
+def tiny_meta(tmp_path_factory):
+    params = meta_params(dim=4, n_heads=2, n_kv_heads=1, n_layers=1, multiple_of=2)
+    return write_meta(tmp_path_factory.mktemp("source") / "meta", params, meta_weights(params, vocab=6), shards=2)
+
+
+def assert_refused_or_converted(source, folder):
+    try:
+        convert(source, folder / "ours", with_tokenizer=False, allow_nonfinite=True)
+    except CheckpointError:
+        assert not list(folder.iterdir())
+    else:
+        assert [path.name for path in folder.iterdir()] == ["ours"]
+        assert (folder / "ours/model.safetensors").is_file()
+        shutil.rmtree(folder / "ours")
+
+
+def search(source, name, folder, *, first_bytes=None):
+    """Converts `source` with bytes of its file `name` changed, 200 times."""
+    path = source / name
+    content = path.read_bytes()
+
+    @searching
+    @given(st.lists(EDIT, min_size=1, max_size=4))
+    def check(edits):
+        spoilt = bytearray(content)
+        for share, replacement in edits:
+            at = int(share * (first_bytes or len(content)))
+            spoilt[at : at + len(replacement)] = replacement
+        path.write_bytes(spoilt[: len(content)])
+        assert_refused_or_converted(source, folder)
+
+    try:
+        check()
+    finally:
+        path.write_bytes(content)
+
+
+def test_params_json_with_changed_bytes_is_refused_or_converted(tiny_meta, tmp_path):
+    search(tiny_meta, "params.json", tmp_path)
+
+
+def test_shard_with_changed_bytes_is_refused_or_converted(tiny_meta, tmp_path):
+    search(tiny_meta, "consolidated.01.pth", tmp_path)
+
+
+def test_shard_with_changed_bytes_in_its_pickle_is_refused_or_converted(tiny_meta, tmp_path):
+    content = (tiny_meta / "consolidated.01.pth").read_bytes()
+    end = content.index(b"norm.weight", content.index(b"output.weight") - 200)
+    search(tiny_meta, "consolidated.01.pth", tmp_path, first_bytes=end)
+
+
+JSON_VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.integers(1, 16), st.floats(), st.text(max_size=5), st.just([2])
+)
+NUMBERS = [*meta_params(), "ffn_dim_multiplier", "rope_theta", "head_dim", "max_seq_len"]
+
+
+def test_params_json_with_changed_values_is_refused_or_converted(tiny_meta, tmp_path):
+    path = tiny_meta / "params.json"
+    content = path.read_text()
+
+    @searching
+    @given(st.dictionaries(st.sampled_from(NUMBERS), JSON_VALUES, min_size=1))
+    def check(fields):
+        path.write_text(json.dumps(json.loads(content) | fields))
+        assert_refused_or_converted(tiny_meta, tmp_path)
+
+    try:
+        check()
+    finally:
+        path.write_text(content)
+
+
+def test_safetensors_with_changed_bytes_are_refused_or_converted(tiny_meta, tmp_path):
+    convert(tiny_meta, tmp_path / "source/ours", with_tokenizer=False)
+    (tmp_path / "target").mkdir()
+    search(tmp_path / "source/ours", "model.safetensors", tmp_path / "target")
