@@ -104,7 +104,7 @@ class LlamaReproRotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (x[i], x[i + head_dim / 2]) of x (batch, heads, seq, head_dim); cos and sin broadcast to it."""
+    """Turns the pairs (x[i], x[i + head_dim / 2]) of x (batch, seq, heads, head_dim); cos and sin broadcast to it."""
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)
 
@@ -179,16 +179,16 @@ class LlamaReproAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # -1 and not the number of heads: under tensor parallelism this process holds a slice of them.
-        batch_seq = hidden_states.shape[:-1]
-        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        heads = query.shape[-1] // self.head_dim  # of this process: under tensor parallelism a slice of all
+        heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads_shape)  # (batch, seq, heads, head_dim)
+        key = self.k_proj(hidden_states).view(heads_shape)  # (batch, seq, kv_heads, head_dim)
+        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)  # (batch, kv_heads, seq, head_dim)
 
-        # Q and K turn alike, so both at once: (batch, heads + kv_heads, seq, head_dim)
+        # Turned before the transposition: element-wise operations are faster while the memory is in order.
         cos, sin = position_embeddings
-        query_key = torch.cat((query, key), dim=-1).view(*batch_seq, -1, self.head_dim).transpose(1, 2)
-        query_key = apply_rotary(query_key, cos.unsqueeze(1), sin.unsqueeze(1))
-        query, key = query_key[:, :heads], query_key[:, heads:]
-        value = value.view(*batch_seq, -1, self.head_dim).transpose(1, 2)  # (batch, kv_heads, seq, head_dim)
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # (batch, seq, 1, head_dim)
+        query = apply_rotary(query, cos, sin).transpose(1, 2)
+        key = apply_rotary(key, cos, sin).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (batch, kv_heads, total, head_dim)
 
@@ -205,7 +205,7 @@ class LlamaReproAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(attn_output.reshape(*batch_seq, -1)), attn_weights
+        return self.o_proj(attn_output.reshape(*hidden_states.shape[:-1], -1)), attn_weights
 
 
 class LlamaReproDecoderLayer(GradientCheckpointingLayer):
