@@ -5,6 +5,7 @@ make demo GGUF=/path/to.gguf   # or uses a local file
 """
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -118,6 +119,8 @@ def main() -> int:
     parser.add_argument("--gguf", type=Path, help=f"a LLaMA GGUF file (default: {GGUF_NAME}, from {PACKAGE})")
     parser.add_argument("--output", type=Path, default=ROOT / "demo-output", help="folder for what is made")
     arguments = parser.parse_args()
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # read when transformers is imported
     try:
         right = demo(arguments.gguf, arguments.output)
     except CheckpointError as error:

@@ -45,10 +45,9 @@ class LlamaReproRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.float()
-        # Fewer passes over x, forward and backward, than x.pow(2).mean() or F.rms_norm take on CPU.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        mean_square_and_eps = torch.rsub(norm.square(), self.eps, alpha=-1 / x.shape[-1])  # eps + norm^2 / size
-        return self.weight * (x * mean_square_and_eps.rsqrt()).to(hidden_states.dtype)
+        # In this order, step by step, every bit is that of stock Llama; F.rms_norm rounds elsewhere.
+        mean_square = (x * x).mean(dim=-1, keepdim=True)
+        return self.weight * (x * torch.rsqrt(mean_square + self.eps)).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -106,7 +105,7 @@ class LlamaReproRotaryEmbedding(nn.Module):
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns the pairs (x[i], x[i + head_dim / 2]) of x (batch, seq, heads, head_dim); cos and sin broadcast to it."""
     first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class LlamaReproMLP(nn.Module):

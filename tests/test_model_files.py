@@ -158,15 +158,14 @@ def test_model_prepared_for_kbit_training_has_the_loss_and_gradients_of_stock_ll
     assert max(relative_difference(*pair) for pair in zip(*gradients, strict=True)) < TOLERANCE
 
 
-def test_fp32_norms_in_a_bf16_model_are_no_further_from_the_truth_than_stock_llamas():
+def test_with_fp32_norms_a_bf16_model_gives_the_bits_of_stock_llama():
     tokens = random_tokens(tiny_config(), batch=4, seq=128)
-    exact, errors = logits_of(random_model(), tokens), []
+    logits = []
     model = random_model().to(torch.bfloat16)
     for each in (model, stock_twin(model)):
         for name, parameter in each.named_parameters():
             if "norm" in name:
                 parameter.data = parameter.data.float()
         with torch.autocast("cpu", torch.bfloat16):
-            # The mean, not the largest: that is the luck of single logits.
-            errors.append((logits_of(each, tokens) - exact).square().mean().sqrt())
-    assert errors[0] < 1.02 * errors[1]
+            logits.append(logits_of(each, tokens))
+    assert torch.equal(*logits)
