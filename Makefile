@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test test-oldest lint type unit test-transformers bench build clean
+.PHONY: help install demo test test-oldest test-wheel lint type unit test-transformers bench build clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -45,6 +45,9 @@ test-transformers: $(INSTALLED)  ## transformers' own model tests, ours beside s
 
 bench: $(INSTALLED)  ## our model beside transformers' Llama
 	$(BIN)/python benchmarks/model.py
+
+test-wheel: $(INSTALLED)  ## the wheel, installed into an empty environment and used from another folder
+	.ci/wheel
 
 build: $(INSTALLED)  ## wheel and sdist in dist/
 	$(BIN)/python -m build
