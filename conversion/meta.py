@@ -56,6 +56,7 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
     check_layers(shards[0], config, paths[0], "params.json")
     rows = expand(config)
     _check_shards(shards, paths, rows, config)
+    drifted = _check_copies(shards, paths, rows)
 
     tensors = {ours: _joined([shard[meta] for shard in shards], row, config) for row, meta, ours in rows}
     embedding, output = (rows[i][1] for i in (0, -1))
@@ -66,6 +67,8 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
     notes = [f"context of {context} tokens: {reason}"]
     if num_files := _check_list(folder):
         notes.append(f"md5 of {num_files} file{'s' if num_files > 1 else ''} as in {CHECKLIST}")
+    if drifted:
+        notes.append(f"{drifted} norms differ in their last bit between the shards: those of {paths[0].name} are taken")
     if config.tie_word_embeddings:
         notes.append("output matrix equal to the embedding: tied")
     tokenizer = _tokenizer(folder)
@@ -294,7 +297,7 @@ def _evidence(params: dict[str, Any], names: Iterable[str], dtype: torch.dtype |
 def _check_shards(
     shards: list[Shard], paths: list[Path], rows: list[tuple[Tensor, str, str]], config: LlamaReproConfig
 ) -> None:
-    """Every shard holds every tensor in its cut shape and one dtype, and the shards belong together."""
+    """Every shard holds every tensor in its cut shape and in the dtype of the first."""
     named = sizes(config)
     for shard, path in zip(shards, paths, strict=True):
         check_names({name for name in shard if not _is_frequencies(name)}, {meta for _, meta, _ in rows}, str(path))
@@ -313,21 +316,33 @@ def _check_shards(
                     f"{path}: {meta} is {shard[meta].dtype}, but {shards[0][meta].dtype} in {paths[0].name}: "
                     "the shards are not of one checkpoint"
                 )
-    replicated = [meta for row, meta, _ in rows if row.cut is None]
-    first_gate = "layers.0.feed_forward.w1.weight"
-    seen: dict[bytes, Path] = {}
+
+
+def _check_copies(shards: list[Shard], paths: list[Path], rows: list[tuple[Tensor, str, str]]) -> int:
+    """Raises `CheckpointError` unless the shards are of one checkpoint; the number of norms that are only nearly equal.
+
+    Every shard holds the same norms. Ranks that update their copies each for itself may round one differently, but
+    another model's, or the same model's after more training, differ by more.
+    """
+    drifted = set()
     for shard, path in zip(shards[1:], paths[1:], strict=True):
-        for meta in replicated:
-            # Compared as bytes: NaN is unequal to itself.
-            if not torch.equal(_bits(shard[meta]), _bits(shards[0][meta])):
+        for meta in (meta for row, meta, _ in rows if row.cut is None):
+            first, copy = shards[0][meta], shard[meta]
+            if torch.equal(_bits(first), _bits(copy)):  # as bytes: NaN is unequal to itself
+                continue
+            if not torch.allclose(first.float(), copy.float(), rtol=torch.finfo(first.dtype).eps, atol=0):
                 raise CheckpointError(
                     f"{path}: {meta} differs from {paths[0].name}, though every shard holds the same one: "
                     "the shards are not of one checkpoint"
                 )
+            drifted.add(meta)
+    first_gate = "layers.0.feed_forward.w1.weight"
+    seen: dict[bytes, Path] = {}
     for shard, path in zip(shards, paths, strict=True):
         content = hashlib.md5(_bits(shard[first_gate]).numpy().data, usedforsecurity=False).digest()
-        if (first := seen.setdefault(content, path)) is not path and shard[first_gate].any():
-            raise CheckpointError(f"{path} repeats {first.name}: the same shard under two names")
+        if (earlier := seen.setdefault(content, path)) is not path and shard[first_gate].any():
+            raise CheckpointError(f"{path} repeats {earlier.name}: the same shard under two names")
+    return len(drifted)
 
 
 def _check_list(folder: Path) -> int:

@@ -112,6 +112,8 @@ class LlamaReproConfig(PretrainedConfig):
             self.head_dim = self._exact_quotient("hidden_size", "num_attention_heads", remedy="set head_dim")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.pad_token_id == -1:  # the first Hugging Face folders of LLaMA 1 say "none" so
+            self.pad_token_id = None
         self.rope_parameters = _merged_rope_parameters(
             self.rope_parameters, kwargs.pop("rope_scaling", None), kwargs.pop("rope_theta", None)
         )

@@ -86,7 +86,7 @@ def test_missing_heads_follow_from_the_others(fields, derived):
         ({"head_dim": 7}, ["head_dim=7", "even"]),
         ({"rms_norm_eps": 0.0}, ["rms_norm_eps=0.0", "positive"]),
         ({"vocab_size": 32000, "pad_token_id": 32000}, ["pad_token_id=32000", "vocab_size=32000"]),
-        ({"pad_token_id": -1}, ["pad_token_id=-1", "vocab_size=32000"]),
+        ({"pad_token_id": -2}, ["pad_token_id=-2", "vocab_size=32000"]),
         ({"rope_parameters": {"rope_type": "longest"}}, ["'longest'", "default, linear, dynamic, yarn, llama3"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["'linear'", "['factor']"]),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, ["factor=0.5", "1"]),
@@ -272,3 +272,7 @@ def test_size_of_the_papers_can_be_changed():
 def test_unknown_size_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'llama-30b'.*llama-33b"):
         LlamaReproConfig.from_paper("llama-30b")
+
+
+def test_a_padding_id_of_minus_one_means_none():
+    assert LlamaReproConfig(pad_token_id=-1).pad_token_id is None

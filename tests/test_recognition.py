@@ -120,3 +120,18 @@ def test_checklist_that_agrees_is_mentioned(tmp_path):
     lines = [f"{hashlib.md5(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(source.iterdir())]
     (source / "checklist.chk").write_text("".join(lines))
     assert "md5 of 3 files as in checklist.chk" in open_source(source).notes
+
+
+@pytest.mark.parametrize(("steps", "fits"), [(1, True), (3, False)])
+def test_norms_of_two_shards_may_differ_in_the_last_bit_only(tmp_path, steps, fits):
+    source = meta_folder(tmp_path / "meta", shards=2)
+    path = source / "consolidated.01.pth"
+    shard = torch.load(path, weights_only=True)
+    for _ in range(steps):
+        shard["norm.weight"] = torch.nextafter(shard["norm.weight"], torch.tensor(torch.inf))
+    torch.save(shard, path)
+    if fits:
+        assert "1 norms differ in their last bit" in " ".join(open_source(source, context_length=2048).notes)
+    else:
+        with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth: norm\.weight differs"):
+            open_source(source, context_length=2048)
