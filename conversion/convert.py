@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_llama_repro.command import run
 from hf_llama_repro.errors import CheckpointError
-
-from .command import run
 
 # torch and transformers are imported where they are used, so that --help answers at once.
 if TYPE_CHECKING:

@@ -4,11 +4,14 @@ import signal
 import sys
 from collections.abc import Callable
 
-from hf_llama_repro.errors import CheckpointError
+from .errors import InputError
 
 
-def run(work: Callable[[], object]) -> int:
-    """The exit code of `work`: 0; 2 after a `CheckpointError`, whose text is printed; 130 when it was interrupted."""
+def run(work: Callable[[], object], *, interrupted: str = "nothing was written") -> int:
+    """The exit code of `work`: 0; 2 after an `InputError`, whose text is printed; 130 when it was interrupted.
+
+    `interrupted`: what an interruption leaves, for the message.
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -17,11 +20,11 @@ def run(work: Callable[[], object]) -> int:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         work()
-    except (CheckpointError, PermissionError) as error:
+    except (InputError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print(f"interrupted: {interrupted}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)

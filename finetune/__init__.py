@@ -1,0 +1,1 @@
+"""Alpaca-style instruction tuning with LoRA and 8-bit loading."""
