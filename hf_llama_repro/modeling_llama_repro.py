@@ -366,6 +366,38 @@ class SummedCrossEntropy(torch.autograd.Function):
         return grad, None, None
 
 
+class HeadAndCrossEntropy(torch.autograd.Function):
+    """SummedCrossEntropy of lm_head(hidden_states), (rows, hidden_size), with the logits of a few rows at a time.
+
+    The gradients are taken in the forward pass, while a block's logits are at hand; the backward pass scales them.
+    """
+
+    @staticmethod
+    def forward(ctx, lm_head: nn.Module, targets: torch.Tensor, hidden_states: torch.Tensor, *parameters: torch.Tensor):
+        values = 1 << 23 if hidden_states.device.type == "cpu" else 1 << 26  # logits of a block: some tens of MB
+        rows = max(1, values // lm_head.out_features)
+        wanted = ctx.needs_input_grad[2:]
+        hidden_states = hidden_states.detach().requires_grad_(wanted[0])
+        learnt = [tensor for tensor, learns in zip((hidden_states, *parameters), wanted, strict=True) if learns]
+        grads = [torch.zeros_like(tensor, dtype=torch.float) for tensor in learnt]
+        loss = torch.zeros((), device=hidden_states.device)
+        for start in range(0, len(targets), rows):
+            with torch.set_grad_enabled(bool(learnt)):
+                logits = lm_head(hidden_states[start : start + rows])
+                block_loss, _ = SummedCrossEntropy.apply(logits, targets[start : start + rows], -100)
+            for grad, block_grad in zip(grads, torch.autograd.grad(block_loss, learnt) if learnt else (), strict=True):
+                grad += block_grad
+            loss += block_loss.detach()
+        ctx.save_for_backward(*(grad.to(tensor.dtype) for grad, tensor in zip(grads, learnt, strict=True)))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: torch.Tensor):
+        grads = iter(ctx.saved_tensors)
+        return None, None, *(next(grads) * grad_loss if learns else None for learns in ctx.needs_input_grad[2:])
+
+
 def causal_lm_loss(
     logits: torch.Tensor,
     labels: torch.Tensor | None,
@@ -373,21 +405,28 @@ def causal_lm_loss(
     num_items_in_batch: torch.Tensor | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
+    lm_head: nn.Module | None = None,
     **kwargs,
 ) -> torch.Tensor:
     """Mean cross-entropy of the next token: what transformers' ForCausalLMLoss gives, with less memory and time.
 
     `num_items_in_batch` is the divisor in place of the number of labels that count; `shift_labels` are labels that are
-    in their place already.
+    in their place already. With `lm_head`, `logits` are the hidden states before it: it is applied to the positions
+    whose label counts, and the logits of all are never in memory at once.
     """
     if torch.compiler.is_compiling():  # the compiler fuses by itself what is taken apart by hand here
+        logits = logits if lm_head is None else lm_head(logits)
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.reshape(-1).to(logits.device)
-    loss, _ = SummedCrossEntropy.apply(logits.reshape(-1, vocab_size), targets, ignore_index)
+    rows, targets = logits.reshape(-1, logits.shape[-1]), shift_labels.reshape(-1).to(logits.device)
     if num_items_in_batch is None:
         num_items_in_batch = (targets != ignore_index).sum()
+    if lm_head is None:
+        loss, _ = SummedCrossEntropy.apply(rows, targets, ignore_index)
+    else:
+        counted = (targets != ignore_index).nonzero().squeeze(-1)
+        loss = HeadAndCrossEntropy.apply(lm_head, targets[counted], rows[counted], *lm_head.parameters())
     return loss / torch.as_tensor(num_items_in_batch, device=loss.device)  # some trainers give an int
 
 
@@ -418,11 +457,13 @@ class LlamaReproForCausalLM(LlamaReproPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits (batch, seq, vocab_size), and the loss when `labels` are given (-100: not counted).
 
         `logits_to_keep`: of how many last positions (0: of all), or the indices of those positions, to compute logits.
+        `skip_logits`: the loss alone, in less memory and time; the output's logits are None.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -434,10 +475,14 @@ class LlamaReproForCausalLM(LlamaReproPreTrainedModel, GenerationMixin):
             return_dict=True,  # whatever the config says: `can_return_tuple` looks after that
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        if skip_logits:
+            hidden_states = outputs.last_hidden_state
+            loss = causal_lm_loss(hidden_states, labels, self.config.vocab_size, lm_head=self.lm_head, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if labels is not None and not skip_logits:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

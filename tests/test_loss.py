@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from random_models import TOLERANCE, relative_difference
+from random_models import TOLERANCE, random_model, relative_difference, tiny_config
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_llama_repro.modeling_llama_repro import SummedCrossEntropy, causal_lm_loss
@@ -95,3 +95,83 @@ def test_compiled_the_loss_is_the_same():
     ours, theirs = (loss_and_gradient(function, logits, labels) for function in (compiled, causal_lm_loss))
     assert relative_difference(ours[0], theirs[0]) < TOLERANCE
     assert relative_difference(ours[1], theirs[1]) < TOLERANCE
+
+
+HIDDEN = 48
+
+
+def head_and_batch(dtype: torch.dtype = torch.float32):
+    """An output matrix, hidden states before it, and labels as above; the logits take several blocks of rows."""
+    generator = torch.Generator().manual_seed(1)
+    head = torch.nn.Linear(HIDDEN, VOCAB, bias=False).to(dtype)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(VOCAB, HIDDEN, generator=generator) / 2)
+    hidden = torch.randn(BATCH * 16, SEQ, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    labels = batch()[1].repeat(16, 1)
+    return head, hidden, labels
+
+
+def gradients(loss: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(2.5 * loss, tensors))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_items_in_batch": 1000}, {"num_items_in_batch": torch.tensor(77)}], ids=str
+)
+def test_without_logits_loss_and_gradients_are_those_of_transformers(options):
+    head, hidden, labels = head_and_batch()
+    ours = causal_lm_loss(hidden, labels, VOCAB, lm_head=head, **options)
+    theirs = ForCausalLMLoss(head(hidden), labels, VOCAB, **options)
+    assert relative_difference(ours.detach(), theirs.detach()) < TOLERANCE
+    for own, stock in zip(gradients(ours, hidden, head.weight), gradients(theirs, hidden, head.weight), strict=True):
+        assert relative_difference(own, stock) < TOLERANCE
+
+
+def test_without_logits_a_frozen_head_gets_no_gradient_and_an_adapter_on_it_does():
+    head, hidden, labels = head_and_batch()
+    head.requires_grad_(False)
+    head.register_parameter("lora_B", torch.nn.Parameter(torch.randn(VOCAB, 2) / 9))
+    head.forward = lambda x: torch.nn.functional.linear(x, head.weight) + x[..., :2] @ head.lora_B.T
+    ours, theirs = causal_lm_loss(hidden, labels, VOCAB, lm_head=head), ForCausalLMLoss(head(hidden), labels, VOCAB)
+    ours.backward()
+    assert head.weight.grad is None
+    assert relative_difference(head.lora_B.grad, torch.autograd.grad(theirs, head.lora_B)[0]) < TOLERANCE
+
+
+def test_without_logits_only_blocks_of_them_are_ever_in_memory():
+    head, hidden, labels = head_and_batch()
+    shapes = []
+    head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    causal_lm_loss(hidden, labels, VOCAB, lm_head=head).backward()
+    assert len(shapes) > 1
+    counted = int((labels[:, 1:] != -100).sum())
+    assert sum(shape[0] for shape in shapes) == counted < labels.numel()
+
+
+def test_without_logits_and_without_gradients_the_loss_is_the_same():
+    head, hidden, labels = head_and_batch()
+    expected = causal_lm_loss(hidden, labels, VOCAB, lm_head=head).detach()
+    with torch.no_grad():
+        assert torch.equal(causal_lm_loss(hidden, labels, VOCAB, lm_head=head), expected)
+
+
+def test_without_logits_in_bf16_the_gradient_is_that_of_the_logits_rounded_once_more():
+    head, hidden, labels = head_and_batch(torch.bfloat16)
+    ours = gradients(causal_lm_loss(hidden, labels, VOCAB, lm_head=head), hidden, head.weight)
+    theirs = gradients(ForCausalLMLoss(head(hidden), labels, VOCAB), hidden, head.weight)
+    for own, stock in zip(ours, theirs, strict=True):
+        assert own.dtype == torch.bfloat16
+        assert relative_difference(own.float(), stock.float()) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
+def test_a_model_that_skips_its_logits_gives_the_same_loss_and_gradients(train):
+    model = random_model(tiny_config(tie_word_embeddings=True)).train(train)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    labels = tokens.masked_fill(torch.arange(64) < 20, -100)
+    full, skipped = model(tokens, labels=labels), model(tokens, labels=labels, skip_logits=True)
+    assert skipped.logits is None
+    assert relative_difference(skipped.loss.detach(), full.loss.detach()) < TOLERANCE
+    parameters = list(model.parameters())
+    for own, other in zip(gradients(skipped.loss, *parameters), gradients(full.loss, *parameters), strict=True):
+        assert relative_difference(own, other) < TOLERANCE
