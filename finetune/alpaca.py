@@ -1,0 +1,332 @@
+"""Instruction tuning by a recipe: one command, which says what it does, watches itself, and can be stopped and resumed.
+
+python -m finetune.alpaca RECIPE.yaml [--key value ...]
+accelerate launch -m finetune.alpaca RECIPE.yaml
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_llama_repro.command import run
+from hf_llama_repro.errors import InputError
+
+from .quiet import quiet
+from .recipe import Recipe, add_recipe_flags, as_yaml, load_recipe, overrides
+
+# torch and transformers are imported where they are used, so that --help answers at once.
+if TYPE_CHECKING:
+    from .encoding import Encoder, Example
+    from .template import Template
+
+RECIPE_FILE = "recipe.yaml"
+# Fields that may differ between a run and its continuation: they change nothing of what is computed.
+FREE_FIELDS = ("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "strict")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A recipe's records, encoded."""
+
+    encoder: "Encoder"
+    template: "Template"
+    train: list["Example"]
+    held_out: list["Example"]
+    lines: list[str]
+    """For people: what was read, what is odd, what was cut, how much is padding."""
+
+
+def prepare_data(recipe: Recipe) -> Data:
+    """Reads, lints, splits and encodes the recipe's data.
+
+    Raises `InputError` for data that cannot be used, with `strict` for data in which the linter finds anything.
+    """
+    import random
+
+    from .encoding import IGNORED, Encoder, padding_share
+    from .model import load_tokenizer, read_config
+    from .records import read_records, summary
+    from .template import load_template
+    from .training import BatchesOfOneLength
+
+    for name in ("base_model", "data"):
+        if not getattr(recipe, name):
+            raise InputError(f"the recipe names no {name}: add the key, or --{name.replace('_', '-')} PATH")
+    path, folder = Path(recipe.data), Path(recipe.base_model)
+    context = read_config(folder).max_position_embeddings
+    if recipe.max_length > context:
+        raise InputError(f"max_length={recipe.max_length} is more than the base's context of {context} tokens")
+    records, findings = read_records(path)
+    if recipe.strict and findings:
+        raise InputError("strict=true, and the linter finds:\n" + "\n".join(f"  {line}" for line in summary(findings)))
+    if recipe.held_out >= len(records):
+        raise InputError(f"held_out={recipe.held_out} leaves nothing of {len(records)} records to train on")
+    template = load_template(recipe.template)
+    encoder = Encoder(load_tokenizer(folder), template)
+    chosen = set(random.Random(recipe.seed).sample(range(len(records)), recipe.held_out))
+    limits: dict[str, Any] = {"max_length": recipe.max_length, "truncation": recipe.truncation}
+    train, cuts = encoder.encode_all(
+        [record for index, record in enumerate(records) if index not in chosen],
+        train_on_prompt=recipe.train_on_prompt,
+        **limits,
+    )
+    held_out: list[Example] = []
+    if chosen:
+        held_out, _ = encoder.encode_all([records[index] for index in sorted(chosen)], **limits)
+    sampler = BatchesOfOneLength([len(example.input_ids) for example in train], recipe.batch_size, recipe.seed)
+    before, after = (
+        padding_share([sampler.lengths[index] for index in order], recipe.micro_batch_size)
+        for order in (sampler.shuffled(), sampler)
+    )
+    tokens = sum(sampler.lengths)
+    supervised = sum(label != IGNORED for example in train for label in example.labels)
+    lines = [
+        f"data        {path}: {len(records)} records, {len(train)} to train on, {len(held_out)} held out",
+        *(f"lint        {line}" for line in summary(findings)),
+        *(f"length      {line}" for line in cuts.lines(recipe.max_length)),
+        f"tokens      {tokens:,} an epoch, {supervised:,} of them supervised",
+        f"padding     {after:.1%} of the tokens computed; {before:.1%} without sorting by length within a step",
+    ]
+    return Data(encoder, template, train, held_out, lines)
+
+
+def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
+    """Trains by the recipe, printing what it does. The folder of the finished adapter or model.
+
+    `resume` goes on from the newest checkpoint that is whole, or starts where there is none. Raises `InputError`.
+    """
+    from accelerate import PartialState
+
+    from .model import choose_compute, load_model
+    from .training import METRICS
+
+    if not recipe.output_dir:
+        raise InputError("the recipe names no output_dir: add the key, or --output-dir PATH")
+    state = PartialState()
+    recipe.accumulation(state.num_processes)
+    _check_reporting(recipe)
+    say = print if state.is_main_process else (lambda *_: None)
+    data = prepare_data(recipe)
+    say("\n".join(data.lines), flush=True)
+    checkpoint = _open_output(recipe, resume=resume, say=say, is_main=state.is_main_process)
+    state.wait_for_everyone()
+    compute = choose_compute(recipe, state.device)
+    _seed(recipe.seed)
+    model = load_model(recipe, compute)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"base        {recipe.base_model}: {_quantized(recipe)}, computes in {_name(compute.dtype)} ({compute.reason})")
+    trainer = _trainer(recipe, data, model, state.num_processes, compute)
+    say(_trained_line(recipe, model, trained))
+    say(*_check_and_plan(recipe, data, model, trainer, state), sep="\n", flush=True)
+    before = None
+    if checkpoint is None:
+        (Path(recipe.output_dir) / METRICS).unlink(missing_ok=True)
+        before = trainer.evaluate()["eval_loss"] if data.held_out else None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    target = Path(recipe.output_dir) / ("adapter" if recipe.method == "lora" else "model")
+    trainer.save_final(target)
+    if data.held_out:
+        after = trainer.evaluate()["eval_loss"]
+        before = _held_out_before(recipe) if before is None else before
+        say(f"held out    loss {before:.4f} before, {after:.4f} after, over {len(data.held_out)} records")
+    if state.is_main_process:
+        say(_picture(Path(recipe.output_dir)))
+    say(f"written     {target}")
+    return target
+
+
+def _check_reporting(recipe: Recipe) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    if missing := sorted(set(recipe.report_to) - set(get_available_reporting_integrations())):
+        raise InputError(f"report_to names {', '.join(missing)}, which is not installed: pip install {missing[0]}")
+
+
+def _open_output(recipe: Recipe, *, resume: bool, say: Any, is_main: bool) -> Path | None:
+    """Makes the run's folder, or finds the checkpoint to go on from."""
+    from .checkpoints import checkpoints, newest_whole
+
+    output_dir = Path(recipe.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if resume and (output_dir / RECIPE_FILE).is_file():
+            _check_same(recipe, load_recipe(output_dir / RECIPE_FILE))
+            checkpoint, warnings = newest_whole(output_dir)
+            say(*(f"WARNING     {warning}" for warning in warnings), sep="\n", end="\n" if warnings else "")
+            say(f"resume      {checkpoint or 'there is no checkpoint: starts from the beginning'}")
+            return checkpoint
+        if is_main and (checkpoints(output_dir) or (output_dir / RECIPE_FILE).exists()):
+            raise InputError(f"{output_dir} holds a run: go on with it by --resume, or choose another output_dir")
+        if is_main:
+            (output_dir / RECIPE_FILE).write_text(as_yaml(recipe), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"output_dir={output_dir} cannot be written: {error}") from None
+    return None
+
+
+def _check_same(recipe: Recipe, begun: Recipe) -> None:
+    import dataclasses
+
+    differing = [
+        f"{field.name} was {getattr(begun, field.name)!r} and is {getattr(recipe, field.name)!r}"
+        for field in dataclasses.fields(Recipe)
+        if field.name not in FREE_FIELDS and getattr(begun, field.name) != getattr(recipe, field.name)
+    ]
+    if differing:
+        raise InputError(
+            f"{recipe.output_dir} was begun by another recipe ({'; '.join(differing)}): "
+            "resume with the same, or choose another output_dir"
+        )
+
+
+def _seed(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _quantized(recipe: Recipe) -> str:
+    return "not quantized" if recipe.quantization == "none" else f"in {recipe.quantization}"
+
+
+def _trainer(recipe: Recipe, data: Data, model: Any, num_processes: int, compute: Any) -> Any:
+    from .guards import GradientWatch, check_saved_adapter
+    from .progress import Progress
+    from .template import save_template
+    from .training import METRICS, FinetuneTrainer, MetricsFile, training_arguments
+
+    def save_beside(folder: Path) -> None:
+        data.encoder.tokenizer.save_pretrained(folder)
+        save_template(data.template, folder)
+
+    def check_saved(folder: Path) -> None:
+        if recipe.method == "lora" and num_processes == 1:
+            check_saved_adapter(model, folder)
+
+    trainer = FinetuneTrainer(
+        recipe=recipe,
+        model=model,
+        args=training_arguments(recipe, num_processes, compute.dtype, use_cpu=compute.device.type == "cpu"),
+        train_dataset=data.train,
+        eval_dataset=data.held_out or None,
+        callbacks=[GradientWatch(), MetricsFile(Path(recipe.output_dir) / METRICS), Progress()],
+        check_saved=check_saved,
+        save_beside=save_beside,
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _trained_line(recipe: Recipe, model: Any, trained: int) -> str:
+    # By shape and not by storage: quantized weights are packed.
+    config = model.config
+    total = sum(p.numel() for p in model.parameters()) if recipe.quantization == "none" else None
+    share = f" of {total:,} parameters ({trained / total:.2%})" if total else " parameters"
+    what = (
+        f"rank {recipe.lora_r} on {', '.join(recipe.lora_targets)} of {config.num_hidden_layers} layers"
+        if recipe.method == "lora"
+        else "all"
+    )
+    return f"trained     {trained:,}{share}: {what}"
+
+
+def _check_and_plan(recipe: Recipe, data: Data, model: Any, trainer: Any, state: Any) -> list[str]:
+    """One pass over the longest micro-batch, before the first step; what it says of the whole run."""
+    from .guards import check_labels, preflight
+
+    examples = sorted(data.train, key=lambda example: -len(example.input_ids))[: recipe.micro_batch_size]
+    batch = trainer.data_collator(examples)
+    check_labels(examples, batch["labels"])
+    _, _, steps = _steps(recipe, len(data.train))
+    first = preflight(model, {name: tensor.to(state.device) for name, tensor in batch.items()})
+    tokens = sum(len(example.input_ids) for example in data.train)
+    epochs = steps * recipe.batch_size / len(data.train)
+    seconds = first.seconds / first.tokens * tokens * epochs / state.num_processes
+    return [
+        f"check       loss {first.loss:.4f}, {first.num_gradients} trained tensors with finite gradients, over the "
+        f"longest {len(examples)} records ({first.tokens} tokens)",
+        f"time        {steps} optimizer steps, about {_duration(seconds)} at {first.tokens / first.seconds:.0f} tokens/s",
+    ]
+
+
+def _steps(recipe: Recipe, records: int) -> tuple[int, float, int]:
+    """Optimizer steps of an epoch, epochs, optimizer steps in all."""
+    import math
+
+    epoch = math.ceil(records / recipe.batch_size)
+    total = recipe.max_steps or math.ceil(epoch * recipe.epochs)
+    return epoch, total / epoch, total
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _held_out_before(recipe: Recipe) -> float:
+    """The loss that the run measured before its first step."""
+    from .training import METRICS, read_metrics
+
+    lines = read_metrics(Path(recipe.output_dir) / METRICS)
+    return next((line["eval_loss"] for line in lines if line["step"] == 0 and "eval_loss" in line), float("nan"))
+
+
+def _picture(output_dir: Path) -> str:
+    from .progress import draw_losses
+    from .training import METRICS, read_metrics
+
+    try:
+        return f"picture     {draw_losses(read_metrics(output_dir / METRICS), output_dir / 'loss.png')}"
+    except ImportError:
+        return "picture     none: pip install matplotlib (it is part of hf-llama-repro[finetune])"
+
+
+def inspect(recipe: Recipe, count: int) -> None:
+    """Prints the first records as the model sees them, with what is supervised between ⟦ and ⟧."""
+    data = prepare_data(recipe)
+    print("\n".join(data.lines))
+    for number, example in enumerate(data.train[:count], start=1):
+        supervised = sum(label != -100 for label in example.labels)
+        print(f"\n--- {number}: {len(example.input_ids)} tokens, {supervised} supervised (between ⟦ and ⟧)")
+        print(data.encoder.marked(example))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-llama-finetune",
+        description="Fine-tune a LLaMA on instructions, by a recipe.",
+        epilog="Exit code 2: the message says what to mend; what was saved before is intact.",
+    )
+    parser.add_argument("recipe", help="YAML file, or the name of one in finetune/recipes/")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    parser.add_argument("--inspect", type=int, metavar="N", help="print N records as the model sees them, and end")
+    add_recipe_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+
+    quiet()
+
+    def work() -> None:
+        recipe = load_recipe(arguments.recipe, overrides(arguments))
+        if arguments.inspect is not None:
+            inspect(recipe, arguments.inspect)
+        else:
+            finetune(recipe, resume=arguments.resume)
+
+    return run(work, interrupted="the checkpoints are whole; go on with the same command and --resume")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

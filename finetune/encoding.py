@@ -1,0 +1,190 @@
+"""Records as token ids, with exactly the responses and their EOS supervised.
+
+The prompt is encoded as it will be at inference, by itself, and the response as what follows it. Neither of the usual
+ways gives that: encoding both together merges the prompt's last colon with a response's first quotation mark, so that
+a mask by the prompt's number of tokens is off; encoding the response as a text of its own puts a space before it.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from hf_llama_repro.errors import CheckpointError, InputError
+
+from .records import Record
+from .template import Segment, Template
+
+IGNORED = -100
+# An input is shortened down to this, in tokens, before the response is.
+SHORTEST_INPUT = 32
+
+
+class Example(NamedTuple):
+    """A record as the model sees it; the label of a token that is not supervised is -100."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass
+class Cuts:
+    """What the limit on the length took."""
+
+    records: int = 0
+    tokens: int = 0
+    inputs: int = 0
+    """Records whose input was shortened."""
+    eos: int = 0
+    """Records whose last response is cut, and is trained without EOS."""
+    left_out: list[str] = field(default_factory=list)
+    """Where the records stand of which nothing supervised was left."""
+
+    def lines(self, limit: int) -> list[str]:
+        if not self.records:
+            return [f"limit of {limit} tokens: nothing was cut"]
+        return [
+            f"limit of {limit} tokens: {self.records} records cut by {self.tokens} tokens; {self.inputs} inputs "
+            f"shortened, {self.eos} responses cut (they lose EOS), {len(self.left_out)} records left out"
+        ]
+
+
+class Encoder:
+    """Encodes conversations for one tokenizer and template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template):
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise CheckpointError("the base's tokenizer has no tokenizer.json: convert the base with hf-llama-convert")
+        if tokenizer.eos_token_id is None:
+            raise CheckpointError("the base's tokenizer names no EOS: a model trained with it would never stop")
+        self.tokenizer, self.template, self.eos = tokenizer, template, tokenizer.eos_token_id
+        backend: Tokenizer = tokenizer.backend_tokenizer
+        self._start = _plain(json.loads(backend.to_str()))
+        self._continued = _plain(_without_prefix(json.loads(backend.to_str())))
+        bos = tokenizer.bos_token_id
+        self._bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+    def ids(self, segment: Segment) -> list[int]:
+        """Special tokens that a text spells are text; EOS comes after a response, and nowhere else."""
+        backend = self._start if segment.is_start else self._continued
+        ids = backend.encode(segment.text, add_special_tokens=False).ids
+        return self._bos * segment.is_start + ids + [self.eos] * segment.is_response
+
+    def encode(self, record: Record, *, train_on_prompt: bool = False) -> Example:
+        """The whole record. Raises `InputError` where the template cannot express it."""
+        input_ids: list[int] = []
+        labels: list[int] = []
+        for segment in self.template.segments(record.turns, record.system):
+            ids = self.ids(segment)
+            input_ids += ids
+            labels += ids if segment.is_response or train_on_prompt else [IGNORED] * len(ids)
+        return Example(input_ids, labels)
+
+    def prompt(self, record: Record) -> list[int]:
+        """The open prompt that asks for the last turn's response."""
+        last = record.turns[-1]._replace(response="")
+        return self.encode(Record(record.where, (*record.turns[:-1], last), record.system)).input_ids
+
+    def encode_all(
+        self, records: Iterable[Record], *, max_length: int, truncation: str, train_on_prompt: bool = False
+    ) -> tuple[list[Example], Cuts]:
+        """All records, none longer than `max_length` tokens, and what that took of them.
+
+        Raises `InputError` naming the record that the template cannot express, or where no record is left.
+        """
+        examples, cuts = [], Cuts()
+        for record in records:
+            try:
+                whole = self.encode(record, train_on_prompt=train_on_prompt)
+            except InputError as error:
+                raise InputError(f"{record.where}: {error}; choose another template, or mend the record") from None
+            example = whole
+            if len(whole.input_ids) > max_length:
+                example = self._shorten(record, whole, max_length, truncation, train_on_prompt, cuts)
+                cuts.records += 1
+                cuts.tokens += len(whole.input_ids) - len(example.input_ids)
+            if all(label == IGNORED for label in example.labels):
+                cuts.left_out.append(record.where)
+            else:
+                examples.append(example)
+        if not examples:
+            raise InputError(f"no record is left within max_length={max_length}: allow more, or shorten the records")
+        return examples, cuts
+
+    def _shorten(
+        self, record: Record, whole: Example, max_length: int, truncation: str, train_on_prompt: bool, cuts: Cuts
+    ) -> Example:
+        if truncation == "drop":
+            return Example([], [])
+        example = whole
+        if truncation == "input" and len(record.turns) == 1 and record.turns[0].input:
+            record = self._with_shorter_input(record, len(whole.input_ids) - max_length)
+            example = self.encode(record, train_on_prompt=train_on_prompt)
+            cuts.inputs += len(example.input_ids) < len(whole.input_ids)
+        if len(example.input_ids) <= max_length:
+            return example
+        input_ids, labels = example.input_ids[:max_length], example.labels[:max_length]
+        # A prompt whose response is cut away entirely teaches nothing.
+        while labels and labels[-1] == IGNORED:
+            input_ids.pop()
+            labels.pop()
+        cuts.eos += bool(labels) and labels[-1] != self.eos
+        return Example(input_ids, labels)
+
+    def _with_shorter_input(self, record: Record, excess: int) -> Record:
+        """The record whose input ends `excess` tokens earlier, or after SHORTEST_INPUT tokens."""
+        turn = record.turns[0]
+        encoding = self._continued.encode(turn.input, add_special_tokens=False)
+        # One token of reserve: where the text is cut, it may be encoded otherwise.
+        kept = max(len(encoding.ids) - excess - 1, SHORTEST_INPUT)
+        if kept >= len(encoding.ids):
+            return record
+        shorter = turn.input[: encoding.offsets[kept][0]].rstrip()
+        return Record(record.where, (turn._replace(input=shorter),), record.system)
+
+    def marked(self, example: Example) -> str:
+        """The example as text, with what is supervised between ⟦ and ⟧."""
+        supervised = [label != IGNORED for label in example.labels]
+        ends = [i for i in range(1, len(supervised) + 1) if supervised[i : i + 1] != supervised[i - 1 : i]]
+        text, done = "", ""
+        for end in ends:
+            # Decoded from the beginning: by itself a piece would lose its leading space.
+            whole = self.tokenizer.decode(example.input_ids[:end], clean_up_tokenization_spaces=False)
+            piece, done = whole[len(done) :], whole
+            text += f"⟦{piece}⟧" if supervised[end - 1] else piece
+        return text
+
+
+def _plain(backend: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that takes the names of special tokens in a text as text."""
+    tokenizer = Tokenizer.from_str(json.dumps(backend))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _without_prefix(backend: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer in the middle of a text: it puts no space before what it is given."""
+
+    def steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+        return [] if part is None else part[key] if part["type"] == "Sequence" else [part]
+
+    for part, key in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        kept = [step for step in steps(backend[part], key) if step["type"] != "Prepend"]
+        for step in kept:
+            if step["type"] == "Metaspace":
+                step["prepend_scheme"] = "never"
+            elif step["type"] == "ByteLevel":
+                step["add_prefix_space"] = False
+        backend[part] = {"type": "Sequence", key: kept} if kept else None
+    return backend
+
+
+def padding_share(lengths: list[int], rows: int) -> float:
+    """Share of padding among the tokens computed when batches of `rows` are taken in this order."""
+    computed = sum(max(lengths[at : at + rows]) * len(lengths[at : at + rows]) for at in range(0, len(lengths), rows))
+    return 1 - sum(lengths) / computed

@@ -1,0 +1,246 @@
+"""The training loop: transformers' Trainer with batches of one length, a loss without logits, whole checkpoints."""
+
+import errno
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_llama_repro.errors import InputError
+
+from .checkpoints import keep_newest, publish
+from .encoding import IGNORED, Example
+from .guards import TrainingStoppedError, Watch
+from .recipe import Recipe
+
+METRICS = "metrics.jsonl"
+
+
+def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
+    """input_ids and labels (batch, seq), padded on the right to the longest.
+
+    No attention mask: a causal model's tokens see nothing to their right, and padding has no label. What is padding is
+    told by position and never by a token's id, so that EOS is learnt also where it serves as the padding.
+    """
+    length = max(len(example.input_ids) for example in examples)
+    return {
+        "input_ids": torch.tensor([e.input_ids + [0] * (length - len(e.input_ids)) for e in examples]),
+        "labels": torch.tensor([e.labels + [IGNORED] * (length - len(e.labels)) for e in examples]),
+    }
+
+
+class BatchesOfOneLength(Sampler[int]):
+    """A random order of each epoch, in which the records of an optimizer step are sorted by length.
+
+    Every optimizer step sees the records that it would see without the sorting, and its loss is their mean per token:
+    the sum is the same, the micro-batches hold little padding.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
+
+    def shuffled(self) -> list[int]:
+        order = list(range(len(self.lengths)))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        return order
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.shuffled()
+        for start in range(0, len(order), self.batch_size):
+            # Longest first: what does not fit into memory shows at once.
+            yield from sorted(order[start : start + self.batch_size], key=lambda index: -self.lengths[index])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class EpochOfSampler(TrainerCallback):
+    """Tells the sampler its epoch, so that a resumed run has the order of an uninterrupted one."""
+
+    def __init__(self, sampler: BatchesOfOneLength):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.epoch = int(state.epoch or 0)
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON object a line; on resuming, lines of steps that are done again are dropped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= state.global_step]
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            line = {"step": state.global_step, "epoch": state.epoch, **(logs or {})}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that was cut off by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def training_arguments(recipe: Recipe, num_processes: int, dtype: torch.dtype, **others: Any) -> TrainingArguments:
+    """transformers' arguments for the recipe."""
+    return TrainingArguments(
+        output_dir=recipe.output_dir,
+        per_device_train_batch_size=recipe.micro_batch_size,
+        per_device_eval_batch_size=recipe.micro_batch_size,
+        gradient_accumulation_steps=recipe.accumulation(num_processes),
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.lr_schedule,
+        warmup_steps=recipe.warmup_steps or recipe.warmup_ratio,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim=recipe.optimizer,
+        seed=recipe.seed,
+        # A frozen base is in its dtype already, and adapters are in fp32; full fine-tuning computes under autocast.
+        bf16=recipe.method == "full" and dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,  # would show the mean of earlier losses in place of a NaN
+        eval_strategy="steps" if recipe.eval_steps else "no",
+        eval_steps=recipe.eval_steps or None,
+        save_strategy="steps",
+        save_steps=recipe.save_steps,
+        report_to=list(recipe.report_to) or "none",
+        remove_unused_columns=False,
+        disable_tqdm=True,  # the command shows a bar of its own
+        **others,
+    )
+
+
+class FinetuneTrainer(Trainer):
+    """transformers' Trainer for `Example` lists.
+
+    `check_saved(folder)` is called with every checkpoint before it gets its name, and raises what is wrong with it.
+    """
+
+    def __init__(
+        self, *, recipe: Recipe, check_saved: Callable[[Path], None], save_beside: Callable[[Path], None], **kwargs: Any
+    ):
+        self.recipe, self.check_saved, self.save_beside = recipe, check_saved, save_beside
+        self.watch = Watch()
+        self._aside: Path | None = None
+        super().__init__(data_collator=collate, **kwargs)  # type: ignore[arg-type]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> BatchesOfOneLength:
+        lengths = [len(example.input_ids) for example in self.train_dataset]  # type: ignore[union-attr]
+        sampler = BatchesOfOneLength(lengths, self.recipe.batch_size, self.recipe.seed)
+        self.add_callback(EpochOfSampler(sampler))
+        return sampler
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, {**inputs, "use_cache": False, "skip_logits": True}, *args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.watch.loss(loss, self.state.global_step, self.last_checkpoint())
+        return loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """The loss per supervised token over all held-out records, not the mean of batches' means."""
+        examples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        loss = held_out_loss(self.model_wrapped, examples, self.args.per_device_eval_batch_size, self.args.device)
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint of this run."""
+        from .checkpoints import checkpoints
+
+        return next(reversed(checkpoints(Path(self.recipe.output_dir))), None)
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _save_checkpoint(self, model, trial):
+        output_dir = Path(self.recipe.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self._save_aside(output_dir / name, lambda: super(FinetuneTrainer, self)._save_checkpoint(model, trial))
+        if self.args.should_save:
+            keep_newest(output_dir, self.recipe.save_total_limit)
+
+    def save_final(self, target: Path) -> None:
+        """Writes what was trained, without the state of the run."""
+        self._save_aside(target, lambda: self.save_model(str(self._aside / target.name)))  # type: ignore[operator]
+
+    def _save_aside(self, target: Path, save: Callable[[], None]) -> None:
+        self._aside = Path(self.recipe.output_dir) / ".partial"
+        if self.args.should_save:
+            shutil.rmtree(self._aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        partial = self._aside / target.name
+        try:
+            save()
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.save_beside(partial)
+            self.check_saved(partial)
+            if self.args.should_save:
+                publish(partial, target)
+        except Exception as error:
+            if (reason := failed_write(error)) is None:
+                raise
+            raise TrainingStoppedError(
+                f"{target} could not be written ({reason}); the last good checkpoint is {self.last_checkpoint()}: "
+                "make room, and go on with --resume"
+            ) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._aside, ignore_errors=True)
+            self._aside = None
+            self.accelerator.wait_for_everyone()
+
+
+def failed_write(error: Exception) -> str | None:
+    """Why writing failed, if that is what happened."""
+    if isinstance(error, InputError):
+        return None
+    text = str(error)
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+        return "no space left on the disk"
+    if "inline_container" in text or "PytorchStreamWriter" in text:  # torch does not say why
+        return "no space left on the disk, or a limit on the size of files"
+    return text if isinstance(error, OSError) or "(os error" in text else None
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, examples: list[Example], rows: int, device: torch.device) -> float:
+    """Mean cross-entropy per supervised token; NaN where there are no records."""
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    count = 0
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    for start in range(0, len(ordered), rows):
+        batch = {name: tensor.to(device) for name, tensor in collate(ordered[start : start + rows]).items()}
+        total += model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss.double().cpu()
+        count += int((batch["labels"][:, 1:] != IGNORED).sum())
+    model.train(was_training)
+    return float(total) / count if count else float("nan")
