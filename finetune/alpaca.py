@@ -253,7 +253,7 @@ def _check_and_plan(recipe: Recipe, data: Data, model: Any, trainer: Any, state:
     return [
         f"check       loss {first.loss:.4f}, {first.num_gradients} trained tensors with finite gradients, over the "
         f"longest {len(examples)} records ({first.tokens} tokens)",
-        f"time        {steps} optimizer steps, about {_duration(seconds)} at {first.tokens / first.seconds:.0f} tokens/s",
+        f"time        {steps} optimizer steps, about {_duration(seconds)} ({first.tokens / first.seconds:.0f} tokens/s)",
     ]
 
 

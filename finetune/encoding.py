@@ -145,6 +145,14 @@ class Encoder:
         shorter = turn.input[: encoding.offsets[kept][0]].rstrip()
         return Record(record.where, (turn._replace(input=shorter),), record.system)
 
+    def continuation(self, prompt: list[int], answer: list[int]) -> str:
+        """The text of an answer, decoded after its prompt: by itself it would lose its leading space."""
+
+        def decode(ids: list[int]) -> str:
+            return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+        return decode(prompt + answer)[len(decode(prompt)) :]
+
     def marked(self, example: Example) -> str:
         """The example as text, with what is supervised between ⟦ and ⟧."""
         supervised = [label != IGNORED for label in example.labels]
