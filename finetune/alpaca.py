@@ -6,6 +6,7 @@ accelerate launch -m finetune.alpaca RECIPE.yaml
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,7 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     state = PartialState()
     recipe.accumulation(state.num_processes)
     _check_reporting(recipe)
-    say = print if state.is_main_process else (lambda *_: None)
+    say: Callable[..., None] = print if state.is_main_process else (lambda *_, **__: None)
     data = prepare_data(recipe)
     say("\n".join(data.lines), flush=True)
     checkpoint = _open_output(recipe, resume=resume, say=say, is_main=state.is_main_process)
@@ -253,7 +254,7 @@ def _check_and_plan(recipe: Recipe, data: Data, model: Any, trainer: Any, state:
     return [
         f"check       loss {first.loss:.4f}, {first.num_gradients} trained tensors with finite gradients, over the "
         f"longest {len(examples)} records ({first.tokens} tokens)",
-        f"time        {steps} optimizer steps, about {_duration(seconds)} ({first.tokens / first.seconds:.0f} tokens/s)",
+        f"time        {steps} steps, about {_duration(seconds)} at {first.tokens / first.seconds:.0f} tokens/s",
     ]
 
 

@@ -59,7 +59,7 @@ def step_of(checkpoint: Path) -> int:
 
 def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is as it was written, and what is wrong with the newer ones."""
-    warnings = []
+    warnings: list[str] = []
     for checkpoint in reversed(checkpoints(output_dir)):
         if (reason := damage(checkpoint)) is None:
             return checkpoint, warnings

@@ -26,8 +26,8 @@ def find_template(model: Path, adapter: Path | None, name: str | None) -> str | 
     return "alpaca"
 
 
-def load_answering(model: Path, adapter: Path | None, *, quantization: str = "none", dtype: str = "auto") -> Any:
-    """The model, with the adapter if there is one, ready to generate. Raises `CheckpointError` where they do not fit."""
+def load_answering(model: Path, adapter: Path | None, *, quantization: str = "none", dtype: Any = "auto") -> Any:
+    """The model, and the adapter if there is one, ready to generate. Raises `CheckpointError` where they do not fit."""
     from accelerate import PartialState
 
     from .model import choose_compute, load_base
@@ -95,7 +95,9 @@ class Stream:
     """Prints an answer as it comes: decoded after its prompt, so that no space is lost or invented."""
 
     def __init__(self, encoder: Any):
-        self.encoder, self.prompt, self.answer, self.shown = encoder, None, [], ""
+        self.encoder, self.shown = encoder, ""
+        self.prompt: list[int] | None = None
+        self.answer: list[int] = []
 
     def put(self, ids: Any) -> None:
         if self.prompt is None:

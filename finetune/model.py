@@ -87,6 +87,7 @@ def load_base(folder: Path, *, dtype: torch.dtype, device: torch.device, quantiz
         )
     except OSError as error:
         raise CheckpointError(f"{folder} has no weights that can be read ({error})") from None
+    module: Any
     for module in model.modules():
         # bitsandbytes packs 4-bit weights anew for CPUs with AVX-512 at the first forward pass without gradients, and
         # every gradient after that is 0.

@@ -145,7 +145,7 @@ class FinetuneTrainer(Trainer):
         self.recipe, self.check_saved, self.save_beside = recipe, check_saved, save_beside
         self.watch = Watch()
         self._aside: Path | None = None
-        super().__init__(data_collator=collate, **kwargs)  # type: ignore[arg-type]
+        super().__init__(data_collator=collate, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BatchesOfOneLength:
         lengths = [len(example.input_ids) for example in self.train_dataset]  # type: ignore[union-attr]
@@ -182,22 +182,22 @@ class FinetuneTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         output_dir = Path(self.recipe.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        self._save_aside(output_dir / name, lambda: super(FinetuneTrainer, self)._save_checkpoint(model, trial))
+        self._save_aside(output_dir / name, lambda _: super(FinetuneTrainer, self)._save_checkpoint(model, trial))
         if self.args.should_save:
             keep_newest(output_dir, self.recipe.save_total_limit)
 
     def save_final(self, target: Path) -> None:
         """Writes what was trained, without the state of the run."""
-        self._save_aside(target, lambda: self.save_model(str(self._aside / target.name)))  # type: ignore[operator]
+        self._save_aside(target, lambda partial: self.save_model(str(partial)))
 
-    def _save_aside(self, target: Path, save: Callable[[], None]) -> None:
-        self._aside = Path(self.recipe.output_dir) / ".partial"
+    def _save_aside(self, target: Path, save: Callable[[Path], None]) -> None:
+        aside = self._aside = Path(self.recipe.output_dir) / ".partial"
+        partial = aside / target.name
         if self.args.should_save:
-            shutil.rmtree(self._aside, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        partial = self._aside / target.name
         try:
-            save()
+            save(partial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.save_beside(partial)
@@ -213,7 +213,7 @@ class FinetuneTrainer(Trainer):
             ) from error
         finally:
             if self.args.should_save:
-                shutil.rmtree(self._aside, ignore_errors=True)
+                shutil.rmtree(aside, ignore_errors=True)
             self._aside = None
             self.accelerator.wait_for_everyone()
 

@@ -373,7 +373,7 @@ class HeadAndCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, lm_head: nn.Module, targets: torch.Tensor, hidden_states: torch.Tensor, *parameters: torch.Tensor):
+    def forward(ctx, lm_head: nn.Linear, targets: torch.Tensor, hidden_states: torch.Tensor, *parameters: torch.Tensor):
         values = 1 << 23 if hidden_states.device.type == "cpu" else 1 << 26  # logits of a block: some tens of MB
         rows = max(1, values // lm_head.out_features)
         wanted = ctx.needs_input_grad[2:]
@@ -405,7 +405,7 @@ def causal_lm_loss(
     num_items_in_batch: torch.Tensor | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
-    lm_head: nn.Module | None = None,
+    lm_head: nn.Linear | None = None,
     **kwargs,
 ) -> torch.Tensor:
     """Mean cross-entropy of the next token: what transformers' ForCausalLMLoss gives, with less memory and time.
