@@ -60,7 +60,8 @@ class Encoder:
             raise CheckpointError("the base's tokenizer has no tokenizer.json: convert the base with hf-llama-convert")
         if tokenizer.eos_token_id is None:
             raise CheckpointError("the base's tokenizer names no EOS: a model trained with it would never stop")
-        self.tokenizer, self.template, self.eos = tokenizer, template, tokenizer.eos_token_id
+        self.tokenizer: Any = tokenizer
+        self.template, self.eos = template, tokenizer.eos_token_id
         backend: Tokenizer = tokenizer.backend_tokenizer
         self._start = _plain(json.loads(backend.to_str()))
         self._continued = _plain(_without_prefix(json.loads(backend.to_str())))
