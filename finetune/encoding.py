@@ -46,9 +46,10 @@ class Cuts:
     def lines(self, limit: int) -> list[str]:
         if not self.records:
             return [f"limit of {limit} tokens: nothing was cut"]
+        first = f" (the first: {self.left_out[0]})" if self.left_out else ""
         return [
             f"limit of {limit} tokens: {self.records} records cut by {self.tokens} tokens; {self.inputs} inputs "
-            f"shortened, {self.eos} responses cut (they lose EOS), {len(self.left_out)} records left out"
+            f"shortened, {self.eos} responses cut (they lose EOS), {len(self.left_out)} records left out{first}"
         ]
 
 
@@ -121,30 +122,32 @@ class Encoder:
         if truncation == "drop":
             return Example([], [])
         example = whole
-        if truncation == "input" and len(record.turns) == 1 and record.turns[0].input:
-            record = self._with_shorter_input(record, len(whole.input_ids) - max_length)
+        if truncation == "input" and len(record.turns) == 1:
+            record = self._with_shorter_input(record, len(whole.input_ids), max_length)
             example = self.encode(record, train_on_prompt=train_on_prompt)
-            cuts.inputs += len(example.input_ids) < len(whole.input_ids)
-        if len(example.input_ids) <= max_length:
-            return example
+        is_shorter = len(example.input_ids) < len(whole.input_ids)
         input_ids, labels = example.input_ids[:max_length], example.labels[:max_length]
         # A prompt whose response is cut away entirely teaches nothing.
         while labels and labels[-1] == IGNORED:
             input_ids.pop()
             labels.pop()
-        cuts.eos += bool(labels) and labels[-1] != self.eos
+        if labels:
+            cuts.inputs += is_shorter
+            cuts.eos += labels[-1] != self.eos
         return Example(input_ids, labels)
 
-    def _with_shorter_input(self, record: Record, excess: int) -> Record:
-        """The record whose input ends `excess` tokens earlier, or after SHORTEST_INPUT tokens."""
+    def _with_shorter_input(self, record: Record, length: int, max_length: int) -> Record:
+        """The record of that length with its input's end cut off until it fits, or SHORTEST_INPUT tokens are left."""
         turn = record.turns[0]
         encoding = self._continued.encode(turn.input, add_special_tokens=False)
-        # One token of reserve: where the text is cut, it may be encoded otherwise.
-        kept = max(len(encoding.ids) - excess - 1, SHORTEST_INPUT)
-        if kept >= len(encoding.ids):
-            return record
-        shorter = turn.input[: encoding.offsets[kept][0]].rstrip()
-        return Record(record.where, (turn._replace(input=shorter),), record.system)
+        kept = len(encoding.ids)
+        # Once is not always enough: around the cut the text may be encoded otherwise, or a template strip it anyway.
+        while length > max_length and kept > SHORTEST_INPUT:
+            kept = max(kept - (length - max_length), SHORTEST_INPUT)
+            shorter = turn.input[: encoding.offsets[kept][0]].rstrip()
+            record = Record(record.where, (turn._replace(input=shorter),), record.system)
+            length = len(self.encode(record).input_ids)
+        return record
 
     def continuation(self, prompt: list[int], answer: list[int]) -> str:
         """The text of an answer, decoded after its prompt: by itself it would lose its leading space."""

@@ -6,6 +6,9 @@ Where a field's default is not alpaca-lora's, its help says so; the published se
 import argparse
 import dataclasses
 import difflib
+import math
+import os
+import reprlib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +75,12 @@ class Recipe:
     report_to: tuple[str, ...] = _setting((), "besides metrics.jsonl: tensorboard, wandb and others of transformers'")
 
     def __post_init__(self) -> None:
+        for name in ("base_model", "output_dir", "data", "template"):
+            # Written into a file, "./" would come to mean that file's folder.
+            if getattr(self, name).startswith("./"):
+                object.__setattr__(self, name, str(Path(getattr(self, name))))
+        for name in ("epochs", "learning_rate", "weight_decay"):
+            self._check(name, math.isfinite(getattr(self, name)), "a finite number")
         for name in ("max_length", "lora_r", "lora_alpha", "batch_size", "micro_batch_size", "logging_steps"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("held_out", "max_steps", "warmup_steps", "weight_decay", "eval_steps", "seed"):
@@ -80,6 +89,7 @@ class Recipe:
             self._check(name, getattr(self, name) > 0, "more than 0")
         for name in ("lora_dropout", "warmup_ratio"):
             self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
+        self._check("seed", self.seed < 2**32, "less than 2**32")
         self._check("save_total_limit", self.save_total_limit >= 2, "at least 2")
         self._check("lora_targets", len(self.lora_targets) > 0, "at least one layer's name")
         if self.warmup_steps and self.warmup_ratio:
@@ -99,7 +109,7 @@ class Recipe:
 
     def _check(self, name: str, right: bool, allowed: str) -> None:
         if not right:
-            raise InputError(f"{name}={getattr(self, name)!r} must be {allowed}")
+            raise InputError(f"{name}={reprlib.repr(getattr(self, name))} must be {allowed}")
 
     def accumulation(self, num_processes: int) -> int:
         """Forward passes per optimizer step of each of `num_processes`. Raises where they do not come out even."""
@@ -125,14 +135,15 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     """
     file = _recipe_path(path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except Exception as error:  # PyYAML lets KeyError, AttributeError and others through: `strict: !!bool x`
         raise InputError(f"{file} cannot be read as YAML ({error})") from None
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise InputError(f"{file} holds a {type(content).__name__}, not keys with values")
     for name, value in content.items():
         if isinstance(value, str) and value.startswith("./"):
-            content[name] = str(file.parent / value[2:])
+            content[name] = str(file.parent / value)
     return make_recipe({**content, **(overrides or {})}, where=str(file))
 
 
@@ -149,15 +160,27 @@ def make_recipe(content: dict[str, Any], *, where: str) -> Recipe:
         raise InputError(f"{where}: {error}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a file, of which the last would count silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands here for the second time", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _recipe_path(path: str | Path) -> Path:
-    path = Path(path)
-    named = RECIPES / f"{path}.yaml"
-    if path.is_file() or not named.is_file():
-        if not path.is_file():
-            names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-            raise InputError(f"there is no recipe {path}: give a YAML file, or one of {names}")
-        return path
-    return named
+    for file in (Path(path), RECIPES / f"{path}.yaml"):
+        if os.path.isfile(file):  # Path.is_file raises where a name is too long
+            return file
+    names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+    raise InputError(f"there is no recipe {path}: give a YAML file, or one of {names}")
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -166,12 +189,12 @@ def _typed(name: str, value: Any) -> Any:
     choices = typing.get_args(wanted) if typing.get_origin(wanted) is Literal else ()
     if choices:
         if value not in choices:
-            raise InputError(f"{name}={value!r} must be one of {', '.join(choices)}")
+            raise InputError(f"{name}={reprlib.repr(value)} must be one of {', '.join(choices)}")
         return value
     if wanted is float and isinstance(value, str | int) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if wanted == tuple[str, ...]:
         if isinstance(value, str):
@@ -180,13 +203,8 @@ def _typed(name: str, value: Any) -> Any:
             return tuple(value)
     elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value
-    raise InputError(f"{name}={value!r} must be a {_type_name(wanted)}")
-
-
-def _type_name(wanted: Any) -> str:
-    if wanted == tuple[str, ...]:
-        return "list of names"
-    return {bool: "true or false", int: "whole number", float: "number", str: "text"}[wanted]
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise InputError(f"{name}={reprlib.repr(value)} must be {names.get(wanted, 'a list of names')}")
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:

@@ -23,10 +23,17 @@ _ALPACA_KEYS = {
 _CONVERSATIONS = {"conversations": ("from", "value"), "messages": ("role", "content")}
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
-_NO_INPUT = re.compile(r"\W*(no\s?-?_?input|none|n/?a)\W*", re.IGNORECASE)
+# "Na" is not among them: it is sodium.
+_NO_INPUT = re.compile(r"\s+|\W*(?:(?i:no[\s_-]?input|none|n/a)|NA)\W*")
 # A second task inside of a record: what Alpaca's generator left when it split its text wrongly.
-_MERGED = re.compile(r"^\s*(#+\s*)?(\d+\.\s*)?(instruction|input|output|response)\s*:", re.IGNORECASE | re.MULTILINE)
+# Blanks are not \s, which would go over the same empty lines again for each of them.
+_MERGED = re.compile(
+    r"^[^\S\n]*(#+[^\S\n]*)?(\d+\.[^\S\n]*)?(instruction|input|output|response)[^\S\n]*:",
+    re.IGNORECASE | re.MULTILINE,
+)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd\u2028\u2029]")
+# Half of a character, which JSON can write and no tokenizer takes.
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ def read_records(path: Path) -> tuple[list[Record], list[Finding]]:
         where = f"{path}:{line}"
         try:
             record = _record(item, where, findings)
+            _check_encodable(record)
         except _WrongError as error:
             findings.append(Finding(where, error.args[0], error.args[1], True))
             continue
@@ -96,30 +104,34 @@ def _items(path: Path) -> Iterator[tuple[int, Any]]:
     """(line, value) of every element of a JSON list, or of every line of JSON Lines."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): data is a JSON or JSON Lines file in UTF-8") from None
     try:
         yield from _list_items(text) if text.lstrip().startswith("[") else _line_items(text)
     except json.JSONDecodeError as error:
-        line = error.lineno
-        raise InputError(f"{path}:{line} is not JSON ({error.msg}, column {error.colno})") from None
+        raise InputError(
+            f"{path}:{error.lineno} is not JSON ({error.msg}, column {error.colno}): "
+            "data is one JSON list of records, or JSON Lines with a record on each line"
+        ) from None
 
 
 def _list_items(text: str) -> Iterator[tuple[int, Any]]:
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    space = re.compile(r"[ \t\n\r]*")
     position, line, counted = text.index("[") + 1, 1, 0
 
     def skip(at: int) -> int:
         return space.match(text, at).end()  # type: ignore[union-attr]
 
     position = skip(position)
-    while text[position : position + 1] != "]":
+    more = text[position : position + 1] != "]"
+    while more:
         line += text.count("\n", counted, position)
         counted = position
-        value, position = decoder.raw_decode(text, position)
+        value, position = _decoded(text, position)
         yield line, value
         position = skip(position)
-        if text[position : position + 1] == ",":
+        more = text[position : position + 1] == ","
+        if more:
             position = skip(position + 1)
         elif text[position : position + 1] != "]":
             raise json.JSONDecodeError("expected , or ] after a record", text, position)
@@ -130,10 +142,26 @@ def _list_items(text: str) -> Iterator[tuple[int, Any]]:
 def _line_items(text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
+            indent = len(line) - len(line.lstrip())
             try:
-                yield number, json.loads(line)
+                value, end = _decoded(line, indent)
+                if line[end:].strip():
+                    raise json.JSONDecodeError("something follows the record", line, end)
             except json.JSONDecodeError as error:
                 raise json.JSONDecodeError(error.msg, "\n" * (number - 1) + line, number - 1 + error.pos) from None
+            yield number, value
+
+
+def _decoded(text: str, position: int) -> tuple[Any, int]:
+    """The JSON value that begins there, and where it ends."""
+    try:
+        return json.JSONDecoder().raw_decode(text, position)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, position) from None
+    except ValueError as error:  # Python reads whole numbers of up to 4300 digits
+        raise json.JSONDecodeError(str(error), text, position) from None
 
 
 def _record(item: Any, where: str, findings: list[Finding]) -> Record:
@@ -176,7 +204,9 @@ def _conversation(
         if speaker not in _SPEAKERS:
             raise _WrongError("unknown speaker", f"{speaker!r}, not one of {', '.join(_SPEAKERS)}")
         said.append((_SPEAKERS[speaker], text))
-    system = item.get("system") if isinstance(item.get("system"), str) else ""
+    system = item.get("system")
+    if not isinstance(system, str | None):
+        raise _WrongError("wrong type", f"system is a {type(system).__name__}, not text")
     if said and said[0][0] == "system":
         system = said.pop(0)[1]
     for at, speaker, side in ((0, "assistant", "begins"), (-1, "user", "ends")):
@@ -191,6 +221,16 @@ def _conversation(
     return Record(where, tuple(map(Turn, texts[::2], [""] * len(texts), texts[1::2])), system or "")
 
 
+def _texts(record: Record) -> list[str]:
+    return [record.system, *(text for turn in record.turns for text in turn)]
+
+
+def _check_encodable(record: Record) -> None:
+    for text in _texts(record):
+        if (match := _SURROGATE.search(text)) is not None:
+            raise _WrongError("lone surrogate", repr(match[0]))
+
+
 def _lint(record: Record) -> list[Finding]:
     """What is odd about a record that can be trained on."""
     checks: tuple[tuple[str, Callable[[str], re.Match | None]], ...] = (
@@ -199,7 +239,7 @@ def _lint(record: Record) -> list[Finding]:
     )
     findings = []
     for kind, search in checks:
-        for text in (text for turn in record.turns for text in turn):
+        for text in _texts(record):
             if (match := search(text)) is not None:
                 findings.append(Finding(record.where, kind, repr(match[0].strip("\n ") or match[0]), False))
                 break

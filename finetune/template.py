@@ -5,7 +5,9 @@ Sources: Stanford Alpaca, alpaca-lora, LLaMA 2's reference code, FastChat (Vicun
 
 import dataclasses
 import json
+import os
 import re
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,18 @@ from hf_llama_repro.errors import InputError
 TEMPLATES = Path(__file__).parent / "templates"
 # Beside an adapter and a merged model, so that both are asked as they were trained.
 FILE_NAME = "prompt_template.json"
+
+# Other words in braces are text.
+_SLOT = re.compile(r"\{(system|instruction|input|response)\}")
+# What each key must hold; the two kinds of first prompt also {system}, where there is the key system.
+_SLOTS_OF = {
+    "prompt": ["instruction"],
+    "prompt_input": ["instruction", "input"],
+    "next_prompt": ["instruction"],
+    "response": ["response"],
+    "system": ["system"],
+}
+_REQUIRED = ("prompt", "response")
 
 
 class Turn(NamedTuple):
@@ -56,7 +70,7 @@ class Template:
     bos_each_turn: bool = False
     """Whether every turn is encoded as a text of its own."""
     strip: bool = False
-    """Whether white space around contents goes."""
+    """Whether white space around what a speaker says goes."""
     forbidden: tuple[str, ...] = ()
     """Tags that a content must not spell: it could pretend to be somebody else's turn."""
 
@@ -70,7 +84,7 @@ class Template:
         if len(turns) > 1 and not self.next_prompt:
             raise InputError("the template is for one turn")
         system = system or self.default_system
-        framed = _fill(self.system, system=self._content(system)) if system else ""
+        framed = _fill(self.system, system=self._checked(system)) if system else ""
         for number, turn in enumerate(turns):
             yield Segment(self._prompt(number, turn, framed), False, number == 0 or self.bos_each_turn)
             if turn.response or number < len(turns) - 1:
@@ -83,41 +97,68 @@ class Template:
             pattern = self.prompt_input
         elif text:
             instruction = f"{instruction}\n{text}"
+        if self.strip and "{system}{instruction}" in pattern:
+            # Meta's code strips the two as one content: the white space between them stays.
+            pattern = pattern.replace("{system}", "")
+            instruction = (system + turn.instruction + (f"\n{text}" if text else "")).strip()
         return _fill(pattern, system=system, instruction=instruction, input=text)
 
     def _content(self, text: str) -> str:
+        return self._checked(text).strip() if self.strip else self._checked(text)
+
+    def _checked(self, text: str) -> str:
         for tag in self.forbidden:
             if tag in text:
                 raise InputError(f"a content spells the template's tag {tag}")
-        return text.strip() if self.strip else text
+        return text
 
 
 def _fill(pattern: str, **values: str) -> str:
     """The pattern with its slots filled in one pass: what a content spells is never taken for a slot."""
-    return re.sub(r"\{(\w+)\}", lambda slot: values.get(slot[1], slot[0]), pattern)
+    return _SLOT.sub(lambda slot: values[slot[1]], pattern)
 
 
 def load_template(name: str | Path) -> Template:
     """The template of that name in `templates/`, or in that file. Raises `InputError` saying what is wrong with it."""
-    path = Path(name)
-    if not path.is_file():
-        path = TEMPLATES / f"{name}.json"
-    if not path.is_file():
+    path = Path(name if os.path.isfile(name) else TEMPLATES / f"{name}.json")
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long: somebody gave a template's text
         names = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.json")))
         raise InputError(f"there is no template {name}: give a JSON file, or one of {names}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error})") from None
-    known = [field.name for field in dataclasses.fields(Template)]
-    if not isinstance(content, dict) or set(content) - set(known):
-        raise InputError(f"{path}: a template is a JSON object with the keys {', '.join(known)}")
-    for key, slot in (("prompt", "instruction"), ("response", "response")):
-        if str(content.get(key, "")).count(f"{{{slot}}}") != 1:
-            raise InputError(f"{path}: {key} must hold {{{slot}}} once, got {content.get(key)!r}")
-    if content.get("system") and "{system}" not in content["prompt"]:
-        raise InputError(f"{path}: prompt must hold {{system}}, because the key system frames one")
+    try:
+        _check_types(content)
+        _check_slots(content)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return Template(**{**content, "forbidden": tuple(content.get("forbidden", ()))})
+
+
+def _check_types(content: typing.Any) -> None:
+    types = typing.get_type_hints(Template)
+    unknown = ", ".join(sorted(set(content) - set(types))) if isinstance(content, dict) else type(content).__name__
+    if unknown:
+        raise InputError(f"a template is a JSON object with the keys {', '.join(types)}, got {unknown}")
+    for key, value in content.items():
+        if types[key] in (str, bool):
+            if not isinstance(value, types[key]):
+                wanted = "text" if types[key] is str else "true or false"
+                raise InputError(f"{key} must be {wanted}, got {value!r}")
+        elif not isinstance(value, list) or not all(isinstance(tag, str) and tag for tag in value):
+            raise InputError(f"{key} must be a list of texts, none of them empty, got {value!r}")
+
+
+def _check_slots(content: dict[str, typing.Any]) -> None:
+    """A slot that is missing would lose its content, and one in the wrong place would say it twice or not at all."""
+    for key, slots in _SLOTS_OF.items():
+        wanted = ["system", *slots] if content.get("system") and key in ("prompt", "prompt_input") else slots
+        if sorted(_SLOT.findall(content.get(key, ""))) != sorted(wanted) and (content.get(key) or key in _REQUIRED):
+            named = " and ".join(f"{{{slot}}}" for slot in wanted)
+            raise InputError(f"{key} must hold {named} once and no other slot, got {content.get(key)!r}")
+    if content.get("default_system") and not content.get("system"):
+        raise InputError("default_system needs the key system, which says where in the prompt it stands")
 
 
 def save_template(template: Template, folder: Path) -> None:

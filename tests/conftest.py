@@ -7,7 +7,7 @@ import pytest
 
 from examples.demo import bring_model
 
-pytest_plugins = ["sentencepiece_fixtures"]
+pytest_plugins = ["sentencepiece_fixtures", "finetune_runs"]
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
