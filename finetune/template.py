@@ -99,8 +99,8 @@ class Template:
             instruction = f"{instruction}\n{text}"
         if self.strip and "{system}{instruction}" in pattern:
             # Meta's code strips the two as one content: the white space between them stays.
-            pattern = pattern.replace("{system}", "")
-            instruction = (system + turn.instruction + (f"\n{text}" if text else "")).strip()
+            between = turn.instruction[: len(turn.instruction) - len(turn.instruction.lstrip())]
+            pattern, instruction = pattern.replace("{system}", ""), (system + between + instruction).strip()
         return _fill(pattern, system=system, instruction=instruction, input=text)
 
     def _content(self, text: str) -> str:
