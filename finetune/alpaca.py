@@ -118,7 +118,7 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     model = load_model(recipe, compute)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"base        {recipe.base_model}: {_quantized(recipe)}, computes in {_name(compute.dtype)} ({compute.reason})")
-    trainer = _trainer(recipe, data, model, state.num_processes, compute)
+    trainer = _trainer(recipe, data, model, state, compute)
     say(_trained_line(recipe, model, trained))
     say(*_check_and_plan(recipe, data, model, trainer, state), sep="\n", flush=True)
     before = None
@@ -196,27 +196,31 @@ def _quantized(recipe: Recipe) -> str:
     return "not quantized" if recipe.quantization == "none" else f"in {recipe.quantization}"
 
 
-def _trainer(recipe: Recipe, data: Data, model: Any, num_processes: int, compute: Any) -> Any:
+def _trainer(recipe: Recipe, data: Data, model: Any, state: Any, compute: Any) -> Any:
     from .guards import GradientWatch, check_saved_adapter
     from .progress import Progress
     from .template import save_template
-    from .training import METRICS, FinetuneTrainer, MetricsFile, training_arguments
+    from .training import METRICS, TENSORBOARD, FinetuneTrainer, MetricsFile, tensorboard, training_arguments
 
     def save_beside(folder: Path) -> None:
         data.encoder.tokenizer.save_pretrained(folder)
         save_template(data.template, folder)
 
     def check_saved(folder: Path) -> None:
-        if recipe.method == "lora" and num_processes == 1:
+        if recipe.method == "lora" and state.num_processes == 1:
             check_saved_adapter(model, folder)
 
+    output_dir = Path(recipe.output_dir)
+    callbacks: list[Any] = [GradientWatch(), MetricsFile(output_dir / METRICS), Progress()]
+    if TENSORBOARD in recipe.report_to and state.is_main_process:
+        callbacks.append(tensorboard(output_dir))
     trainer = FinetuneTrainer(
         recipe=recipe,
         model=model,
-        args=training_arguments(recipe, num_processes, compute.dtype, use_cpu=compute.device.type == "cpu"),
+        args=training_arguments(recipe, state.num_processes, compute.dtype, use_cpu=compute.device.type == "cpu"),
         train_dataset=data.train,
         eval_dataset=data.held_out or None,
-        callbacks=[GradientWatch(), MetricsFile(Path(recipe.output_dir) / METRICS), Progress()],
+        callbacks=callbacks,
         check_saved=check_saved,
         save_beside=save_beside,
     )

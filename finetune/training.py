@@ -20,6 +20,7 @@ from .guards import TrainingStoppedError, Watch
 from .recipe import Recipe
 
 METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 
 
 def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
@@ -69,6 +70,14 @@ class EpochOfSampler(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.epoch = int(state.epoch or 0)
+
+
+def tensorboard(output_dir: Path) -> TrainerCallback:
+    """Events in the run's own folder; transformers' choice makes one in the working directory as well."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(output_dir / TENSORBOARD)))
 
 
 class MetricsFile(TrainerCallback):
@@ -126,7 +135,7 @@ def training_arguments(recipe: Recipe, num_processes: int, dtype: torch.dtype, *
         eval_steps=recipe.eval_steps or None,
         save_strategy="steps",
         save_steps=recipe.save_steps,
-        report_to=list(recipe.report_to) or "none",
+        report_to=[name for name in recipe.report_to if name != TENSORBOARD] or "none",
         remove_unused_columns=False,
         disable_tqdm=True,  # the command shows a bar of its own
         **others,

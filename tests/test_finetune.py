@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_runs import adapter, kill_after, losses, metrics, records, run_command, same_bits, tiny_recipe
+from finetune_runs import ROOT, adapter, kill_after, losses, metrics, records, run_command, same_bits, tiny_recipe
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -53,7 +53,8 @@ def test_a_run_writes_adapter_metrics_curve_and_tensorboard(finished):
     output = Path(recipe.output_dir)
     assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8", "checkpoint-12"}
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert list(output.rglob("events.out.tfevents.*"))
+    assert list((output / "tensorboard").glob("events.out.tfevents.*"))
+    assert not (ROOT / "runs").exists()
     assert set(losses(recipe)) == set(range(1, 13))
     assert [line["step"] for line in metrics(recipe) if "eval_loss" in line] == [0, 12]
     assert not (output / ".partial").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from bitsandbytes.nn.modules import has_avx512bf16
 from finetune_runs import adapter, losses, records, run_command, tiny_recipe
 from transformers import DataCollatorForLanguageModeling, TrainerCallback
@@ -210,7 +211,7 @@ def test_equal_losses_of_fewer_steps_are_in_order():
 def test_the_watches_are_part_of_every_run(recipe):
     model, data = loaded(recipe)
     compute = choose_compute(recipe, CPU)
-    trainer = command._trainer(recipe, data, model, 1, compute)
+    trainer = command._trainer(recipe, data, model, PartialState(), compute)
     assert any(isinstance(callback, GradientWatch) for callback in trainer.callback_handler.callbacks)
 
 
