@@ -1,0 +1,130 @@
+"""What finetune/plan.py says beside the resident memory of real training steps, on a CPU.
+
+    python benchmarks/finetune_memory.py
+
+Each setting runs in a process of its own: two training steps on a random model of SmolLM2-135M's shape (memory does not
+depend on the weights). Measured: the peak of the resident memory less what was resident before the model was loaded.
+glibc is told to give freed memory back at once; oneDNN's scratch is in the measurement and not in the plan.
+The plan is for a CPU here: smaller blocks of logits, and bitsandbytes' way of int8 there (the weights are dequantized
+to the compute dtype for each product; on CUDA the inputs are quantized, and int32 results are in between).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "LoRA, bf16, 4 x 512": {"micro_batch_size": 4, "max_length": 512},
+    "LoRA, bf16, 8 x 512, checkpointing": {
+        "micro_batch_size": 8,
+        "max_length": 512,
+        "gradient_checkpointing": True,
+    },
+    "LoRA, int8, 4 x 256": {"micro_batch_size": 4, "max_length": 256, "quantization": "int8"},
+    "LoRA, int8, 4 x 512, checkpointing": {
+        "micro_batch_size": 4,
+        "max_length": 512,
+        "quantization": "int8",
+        "gradient_checkpointing": True,
+    },
+    "LoRA, nf4, 4 x 256": {"micro_batch_size": 4, "max_length": 256, "quantization": "nf4"},
+    "full, fp32, 2 x 256": {"method": "full", "dtype": "float32", "micro_batch_size": 2, "max_length": 256},
+    "full, bf16 autocast, 4 x 256, checkpointing": {
+        "method": "full",
+        "micro_batch_size": 4,
+        "max_length": 256,
+        "gradient_checkpointing": True,
+    },
+}
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def resident(name: str) -> int:
+    """Bytes of VmRSS, or of VmHWM, the most there was since the last reset."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def measure(name: str, folder: Path) -> dict[str, int]:
+    """Plan and measurement of one setting."""
+    import gc
+
+    import torch
+
+    from finetune.memory import StorageRecord, train
+    from finetune.model import Compute, load_model, read_config
+    from finetune.plan import plan
+    from finetune.quiet import quiet
+    from finetune.recipe import Recipe
+
+    quiet()
+    recipe = Recipe(base_model=str(folder), **{"dtype": "bfloat16", **SETTINGS[name]})
+    planned = plan(recipe, read_config(folder), records=None, device="cpu").peak
+    warm_up = torch.nn.Linear(256, 256, dtype=getattr(torch, recipe.dtype))
+    warm_up(torch.zeros(256, 256, dtype=getattr(torch, recipe.dtype))).sum().backward()  # threads, oneDNN
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
+    model = load_model(recipe, Compute(torch.device("cpu"), getattr(torch, recipe.dtype), "the benchmark's")).train()
+    gc.collect()
+    loaded = resident("VmHWM") - before
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    # The record is not entered: it is only what `train` writes its phases to.
+    train(model, recipe, StorageRecord("cpu"), device="cpu", accumulates=True)
+    return {"planned": planned, "measured": resident("VmHWM") - before, "loading": loaded}
+
+
+def write_model(folder: Path) -> None:
+    import torch
+
+    from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM
+
+    LlamaReproForCausalLM._from_config(LlamaReproConfig(**SHAPE), dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well, in bytes")
+    parser.add_argument("--one", choices=SETTINGS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one, arguments.folder)))
+        return 0
+    figures = {}
+    print("| setting | planned, GB | measured, GB | measured / planned |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder))
+        for name in SETTINGS:
+            command = [sys.executable, __file__, "--one", name, "--folder", folder]
+            run = subprocess.run(
+                command, env={**os.environ, **GIVE_BACK}, stdout=subprocess.PIPE, text=True, check=True
+            )
+            figures[name] = found = json.loads(run.stdout.splitlines()[-1])
+            planned, measured = found["planned"], found["measured"]
+            print(f"| {name} | {planned / 1e9:.2f} | {measured / 1e9:.2f} | {measured / planned:.3f} |", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+    return 0 if all(abs(item["measured"] / item["planned"] - 1) <= 0.15 for item in figures.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
