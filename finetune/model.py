@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM
 from hf_llama_repro.errors import CheckpointError, InputError
+from hf_llama_repro.mapped_pages import mapped_pages_released
 
 from .recipe import Recipe
 
@@ -78,13 +79,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load_base(folder: Path, *, dtype: torch.dtype, device: torch.device, quantization: str) -> LlamaReproForCausalLM:
     """The base model on `device`, stock Llama's folders as well; its weights in `dtype` or quantized."""
     try:
-        model = LlamaReproForCausalLM.from_pretrained(
-            folder,
-            config=read_config(folder),
-            dtype=dtype,
-            device_map={"": device} if device.type != "cpu" or quantization != "none" else None,
-            quantization_config=_quantization(quantization, dtype),
-        )
+        with mapped_pages_released(folder):
+            model = LlamaReproForCausalLM.from_pretrained(
+                folder,
+                config=read_config(folder),
+                dtype=dtype,
+                device_map={"": device} if device.type != "cpu" or quantization != "none" else None,
+                quantization_config=_quantization(quantization, dtype),
+            )
     except OSError as error:
         raise CheckpointError(f"{folder} has no weights that can be read ({error})") from None
     module: Any
