@@ -70,7 +70,7 @@ def main() -> int:
         write_random_7b(base, arguments.tokenizer)
     data = arguments.folder / "data.json"
     data.write_text(json.dumps([{"instruction": "Count.", "input": "", "output": "one two three " * 200}]))
-    settings = {
+    settings: dict[str, Any] = {
         "base_model": str(base),
         "data": str(data),
         "output_dir": str(arguments.folder / f"run-{int(time.time())}"),

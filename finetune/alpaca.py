@@ -5,6 +5,7 @@ accelerate launch -m finetune.alpaca RECIPE.yaml
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,7 +121,8 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     say(f"base        {recipe.base_model}: {_quantized(recipe)}, computes in {_name(compute.dtype)} ({compute.reason})")
     trainer = _trainer(recipe, data, model, state, compute)
     say(_trained_line(recipe, model, trained))
-    say(*_check_and_plan(recipe, data, model, trainer, state), sep="\n", flush=True)
+    say(_memory_line(recipe, data, state.num_processes, compute), flush=True)
+    say(*_check_and_time(recipe, data, model, trainer, state), sep="\n", flush=True)
     before = None
     if checkpoint is None:
         (Path(recipe.output_dir) / METRICS).unlink(missing_ok=True)
@@ -243,14 +245,44 @@ def _trained_line(recipe: Recipe, model: Any, trained: int) -> str:
     return f"trained     {trained:,}{share}: {what}"
 
 
-def _check_and_plan(recipe: Recipe, data: Data, model: Any, trainer: Any, state: Any) -> list[str]:
+def _memory_line(recipe: Recipe, data: Data, num_processes: int, compute: Any) -> str:
+    """The planned memory of one process, beside what the device has."""
+    import dataclasses
+
+    import torch
+
+    from .model import read_config
+    from .plan import plan, size
+
+    longest = max(len(example.input_ids) for example in data.train)
+    as_run: dict[str, Any] = {"max_length": longest, "dtype": _name(compute.dtype)}
+    planned = plan(
+        dataclasses.replace(recipe, **as_run),
+        read_config(Path(recipe.base_model)),
+        records=len(data.train),
+        num_processes=num_processes,
+        device=compute.device.type,
+    )
+    parts = ", ".join(f"{name} {size(count)}" for name, count in planned.memory.at_peak.items() if count)
+    line = f"memory      {size(planned.peak)} planned: {parts}"
+    if compute.device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(compute.device)
+        line += f"; the card has {size(total)}"
+        if planned.peak > total:
+            line += (
+                f"\nWARNING     more than the card has: hf-llama-plan says what to change (--gpu {total // 10**9}GB)"
+            )
+    return line
+
+
+def _check_and_time(recipe: Recipe, data: Data, model: Any, trainer: Any, state: Any) -> list[str]:
     """One pass over the longest micro-batch, before the first step; what it says of the whole run."""
     from .guards import check_labels, preflight
 
     examples = sorted(data.train, key=lambda example: -len(example.input_ids))[: recipe.micro_batch_size]
     batch = trainer.data_collator(examples)
     check_labels(examples, batch["labels"])
-    _, _, steps = _steps(recipe, len(data.train))
+    steps = recipe.max_steps or math.ceil(math.ceil(len(data.train) / recipe.batch_size) * recipe.epochs)
     first = preflight(model, {name: tensor.to(state.device) for name, tensor in batch.items()})
     tokens = sum(len(example.input_ids) for example in data.train)
     epochs = steps * recipe.batch_size / len(data.train)
@@ -260,15 +292,6 @@ def _check_and_plan(recipe: Recipe, data: Data, model: Any, trainer: Any, state:
         f"longest {len(examples)} records ({first.tokens} tokens)",
         f"time        {steps} steps, about {_duration(seconds)} at {first.tokens / first.seconds:.0f} tokens/s",
     ]
-
-
-def _steps(recipe: Recipe, records: int) -> tuple[int, float, int]:
-    """Optimizer steps of an epoch, epochs, optimizer steps in all."""
-    import math
-
-    epoch = math.ceil(records / recipe.batch_size)
-    total = recipe.max_steps or math.ceil(epoch * recipe.epochs)
-    return epoch, total / epoch, total
 
 
 def _duration(seconds: float) -> str:
