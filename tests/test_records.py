@@ -114,7 +114,7 @@ def test_a_line_separator_of_unicode_ends_no_line_of_json_lines(tmp_path: Path) 
         ("instruction,output\na,b", 1, "Expecting value"),
         ('[\n{"instruction": "a", "output": "b\n"}]', 2, "Invalid control character"),
         ("[\n" + "[" * 100_000, 2, "nested too deeply"),
-        ('[\n{},\n{"a":' * 1 + '{"a":' * 100_000, 3, "nested too deeply"),
+        ("[\n{},\n" + '{"a":' * 100_000, 3, "nested too deeply"),
         ("{}\n" + "[" * 100_000, 2, "nested too deeply"),
         ('{}\n{"instruction": ' + "1" * 5000 + "}", 2, "4300 digits"),
         ("[\n{}, \n" + "1" * 5000 + "]", 3, "4300 digits"),
@@ -314,9 +314,9 @@ def test_a_second_task_in_a_record_is_reported(tmp_path: Path, key: str, text: s
 @pytest.mark.parametrize("text", ["\n" * 200_000, " \n" * 100_000, "#" * 200_000, "#\n" * 100_000, "-" * 200_000])
 def test_linting_takes_time_in_proportion_to_the_text(tmp_path: Path, text: str) -> None:
     # The pattern of merged instructions went over all following empty lines again for each of them: minutes.
-    start = time.perf_counter()
+    start = time.process_time()
     read(tmp_path, GOOD | {"output": f"a{text}b", "input": f"<{text}a"})
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize("key", ["instruction", "input", "output", "system"])
@@ -348,7 +348,6 @@ def test_the_summary_counts_each_kind_and_says_what_became_of_it() -> None:
         "b: 3 (2 left out), f:0 d0; f:1 d1 ...",
         "c: 1 (left out), f:8 y",
     ]
-    assert summary([]) == []
 
 
 # Whatever the file holds
