@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test test-oldest test-wheel lint type unit test-transformers bench build clean
+.PHONY: help install demo test test-oldest test-wheel lint type unit test-transformers bench bench-finetune bench-memory build clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-demo: $(INSTALLED)  ## convert a real model and ask it a question (GGUF=FILE: a local one)
+demo: $(INSTALLED)  ## convert a real model, ask it, fine-tune it, ask again (GGUF=FILE: a local one)
 	$(BIN)/python -m examples.demo $(if $(GGUF),--gguf "$(GGUF)")
 
 test: lint type unit  ## lint, types and tests: what CI runs
@@ -45,6 +45,12 @@ test-transformers: $(INSTALLED)  ## transformers' own model tests, ours beside s
 
 bench: $(INSTALLED)  ## our model beside transformers' Llama
 	$(BIN)/python benchmarks/model.py
+
+bench-finetune: $(INSTALLED)  ## our fine-tuning beside alpaca-lora's loop: 40 minutes
+	$(BIN)/python benchmarks/finetune.py
+
+bench-memory: $(INSTALLED)  ## the planned memory beside the measured
+	$(BIN)/python benchmarks/finetune_memory.py
 
 test-wheel: $(INSTALLED)  ## the wheel, installed into an empty environment and used from another folder
 	.ci/wheel

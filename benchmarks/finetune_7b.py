@@ -39,7 +39,7 @@ def write_random_7b(folder: Path, tokenizer: Path) -> None:
     shards: dict[str, dict[str, Any]] = {}
     for name, shape in shapes.items():
         shards.setdefault(name.split(".")[2] if ".layers." in name else "rest", {})[name] = shape
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for part, content in shards.items():
         tensors = {}
         for number, (name, shape) in enumerate(content.items()):
