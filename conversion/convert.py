@@ -4,8 +4,10 @@ python -m conversion.convert SOURCE TARGET
 """
 
 import argparse
+import contextlib
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,8 @@ from hf_llama_repro.errors import CheckpointError
 
 # torch and transformers are imported where they are used, so that --help answers at once.
 if TYPE_CHECKING:
+    import torch
+
     from hf_llama_repro import LlamaReproConfig
 
     from .source import Source
@@ -34,6 +38,8 @@ class Conversion:
     written: "Written"
     tokenizer: str
     """One line on the tokenizer."""
+    weights: str
+    """One line on whether the values are those of the source."""
 
     def lines(self) -> list[str]:
         """What a person wants to know of it."""
@@ -43,7 +49,7 @@ class Conversion:
             f"source     {self.source.description}, {written.num_parameters:,} parameters, {', '.join(dtypes)}",
             *(f"decided    {note}" for note in self.source.notes),
             f"tokenizer  {self.tokenizer}",
-            f"weights    {dtype_line(written, self.config)}",
+            f"weights    {self.weights}",
         ]
         if written.nonfinite:
             named = ", ".join(f"{name} ({count})" for name, count in list(written.nonfinite.items())[:5])
@@ -84,33 +90,61 @@ def convert(
     """
     import torch
 
+    from .model_card import made_by, model_card
     from .source import open_source
-    from .target import num_target_bytes, parse_size, whole_or_nothing, write_weights
+    from .target import parse_size
 
     max_shard_bytes = parse_size(max_shard_size)
     opened = open_source(source, context_length=context_length, chat=chat)
-    config = opened.config
-    cast = None if dtype == "auto" else getattr(torch, dtype)
-    config.dtype = cast or config.dtype
-    tokenizer = tokenizer or opened.tokenizer
-    if with_tokenizer and tokenizer is None:
+    opened = replace(opened, tokenizer=(tokenizer or opened.tokenizer) if with_tokenizer else None)
+    if with_tokenizer and opened.tokenizer is None:
         raise CheckpointError(f"no tokenizer was found with {source}: name one by --tokenizer, or say --no-tokenizer")
-    num_bytes = num_target_bytes(opened.tensors, cast)
-    with whole_or_nothing(target, source, overwrite=overwrite, num_bytes=num_bytes) as folder:
+    with new_folder(
+        opened,
+        target,
+        sources=(source,),
+        model_type=model_type,
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
+        max_shard_bytes=max_shard_bytes,
+        allow_nonfinite=allow_nonfinite,
+        overwrite=overwrite,
+    ) as (folder, conversion):
+        made = f"Converted {made_by('hf-llama-convert')} from `{source.name}`: {opened.description}."
+        (folder / "README.md").write_text(model_card(conversion, made, model_type), encoding="utf-8")
+    return conversion
+
+
+@contextlib.contextmanager
+def new_folder(
+    opened: "Source",
+    target: Path,
+    *,
+    sources: tuple[Path, ...],
+    model_type: str,
+    dtype: "torch.dtype | None",
+    max_shard_bytes: int,
+    allow_nonfinite: bool,
+    overwrite: bool,
+) -> "Iterator[tuple[Path, Conversion]]":
+    """Yields a folder with all of `opened` but its README, which becomes `target` when the block ends.
+
+    `sources`: folders that it may not lie in. `dtype` None keeps each tensor's own. Where the block raises, nothing
+    is left.
+    """
+    from .target import num_target_bytes, whole_or_nothing, write_weights
+
+    config = opened.config
+    config.dtype = dtype or config.dtype
+    num_bytes = num_target_bytes(opened.tensors, dtype)
+    with whole_or_nothing(target, *sources, overwrite=overwrite, num_bytes=num_bytes) as folder:
         # The tokenizer first: it may be refused, and that is better known before hours of writing.
-        tokenizer_line = "none"
-        if with_tokenizer and tokenizer is not None:
-            tokenizer_line = _write_tokenizer(tokenizer, folder, opened)
+        tokenizer_line = "none" if opened.tokenizer is None else _write_tokenizer(opened.tokenizer, folder, opened)
         written = write_weights(
-            folder, opened.tensors, dtype=cast, max_shard_bytes=max_shard_bytes, allow_nonfinite=allow_nonfinite
+            folder, opened.tensors, dtype=dtype, max_shard_bytes=max_shard_bytes, allow_nonfinite=allow_nonfinite
         )
         _write_configuration(folder, config, model_type)
         _write_generation_config(folder, opened)
-        conversion = Conversion(target, opened, config, written, tokenizer_line)
-        from .model_card import model_card
-
-        (folder / "README.md").write_text(model_card(conversion, source, model_type), encoding="utf-8")
-    return conversion
+        yield folder, Conversion(target, opened, config, written, tokenizer_line, dtype_line(written, config))
 
 
 def _write_tokenizer(tokenizer: Path, folder: Path, opened: "Source") -> str:

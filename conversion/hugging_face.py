@@ -16,22 +16,31 @@ from .source import Source, StoredTensor, promoted
 
 MODEL_TYPES = ("llama", "llama_repro")
 # Fields that say how the folder is opened, not what the model is.
-_NOT_ARCHITECTURE = ("architectures", "auto_map", "model_type", "transformers_version", "_name_or_path", "torch_dtype")
+_NOT_ARCHITECTURE = (
+    *("architectures", "auto_map", "model_type", "transformers_version", "_name_or_path", "torch_dtype"),
+    "quantization_config",
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
-def open_hugging_face(folder: Path) -> Source:
-    """Opens a Llama or LlamaRepro folder. Raises `CheckpointError` where config.json and weights disagree."""
+def open_hugging_face(folder: Path, *, dequantize: bool = False) -> Source:
+    """Opens a Llama or LlamaRepro folder. Raises `CheckpointError` where config.json and weights disagree.
+
+    `dequantize` opens what bitsandbytes quantized to 8 bits, too, in the dtype of its other tensors.
+    """
     fields = read_json(folder / "config.json")
     model_type = fields.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(f"{folder} holds model_type {model_type!r}, not one of {', '.join(MODEL_TYPES)}")
     if quantization := fields.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{folder} is quantized ({method}): convert the 16- or 32-bit weights that it was made from"
-        )
-    tensors = _tensors(folder)
+        described = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+        if not (dequantize and described.get("load_in_8bit")):
+            known = ", which is not bitsandbytes' int8" if dequantize else ""
+            raise CheckpointError(
+                f"{folder} is quantized ({described.get('quant_method')}){known}: "
+                "convert the 16- or 32-bit weights that it was made from"
+            )
+    tensors = _tensors(folder, dequantize=bool(quantization))
     dtype = fields.get("dtype") or fields.get("torch_dtype") or promoted(tensors.values())
     architecture = {name: value for name, value in fields.items() if name not in _NOT_ARCHITECTURE}
     try:
@@ -75,10 +84,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _tensors(folder: Path) -> dict[str, StoredTensor]:
+def _tensors(folder: Path, *, dequantize: bool) -> dict[str, StoredTensor]:
     for index_name, single_name, load in (
-        ("model.safetensors.index.json", "model.safetensors", _safetensors),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin", _pytorch),
+        ("model.safetensors.index.json", "model.safetensors", read_safetensors),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin", read_pytorch),
     ):
         if (folder / index_name).is_file():
             weight_map = read_json(folder / index_name).get("weight_map")
@@ -97,6 +106,8 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
         tensors = {name: tensor for name, tensor in tensors.items() if not OUR_FREQUENCIES.fullmatch(name)}
         if not tensors:
             raise CheckpointError(f"{folder} has no tensors in {', '.join(files) or index_name}: download it again")
+        if dequantize:
+            tensors = _dequantized(tensors)
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES:
                 raise CheckpointError(f"{folder}: {name} is {tensor.dtype}, not a 16- or 32-bit float: quantized?")
@@ -104,7 +115,23 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
     raise CheckpointError(f"{folder} has config.json but no weights: neither model.safetensors nor pytorch_model.bin")
 
 
-def _safetensors(path: Path) -> dict[str, StoredTensor]:
+def _dequantized(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """int8 matrices and the largest magnitude of each row (SCB) become the floats that bitsandbytes computes with."""
+    scales = {name.removesuffix("SCB") + "weight": tensor for name, tensor in tensors.items() if name.endswith(".SCB")}
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith((".SCB", ".weight_format"))}
+    dtype = promoted(tensor for name, tensor in kept.items() if name not in scales)
+
+    def floats(stored: StoredTensor, scale: StoredTensor) -> torch.Tensor:
+        # (out, in) times (out, 1)
+        return stored.read().float() * scale.read().float()[:, None] / 127
+
+    for name in scales.keys() & kept.keys():
+        if kept[name].dtype == torch.int8:
+            kept[name] = StoredTensor(kept[name].shape, dtype, partial(floats, kept[name], scales[name]))
+    return kept
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -119,7 +146,7 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _pytorch(path: Path) -> dict[str, StoredTensor]:
+def read_pytorch(path: Path) -> dict[str, StoredTensor]:
     from .meta import load_shard
 
     rowwise = torch.contiguous_format

@@ -1,6 +1,6 @@
 """The README of a converted folder: from what it was made, what was decided, how it was checked."""
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import hf_llama_repro
@@ -16,7 +16,7 @@ tags: [llama]
 
 # {name}
 
-Converted by hf-llama-repro {version} (`hf-llama-convert`) from `{source}`: {description}.
+{made}
 The licence of the original weights applies to these.
 
 {usage}
@@ -36,11 +36,11 @@ The licence of the original weights applies to these.
 {notes}
 ## How it was checked
 
-- Names and shapes of all {num_tensors} tensors are those that the source's configuration asks for;
+- Names and shapes of all {num_tensors} tensors are those that the configuration asks for;
   none is missing, none left over.
 - {finite}
 - Weights: {exactness}.
-"""
+{checks}"""
 
 _USAGE = {
     "llama_repro": """```python
@@ -57,18 +57,18 @@ print(pipeline("text-generation", model="{name}")("The capital of France is"))
 }
 
 
-def model_card(conversion: "Conversion", source: Path, model_type: str) -> str:
-    """The text of README.md."""
-    from .convert import dtype_line
+def made_by(command: str) -> str:
+    return f"by hf-llama-repro {hf_llama_repro.__version__} (`{command}`)"
 
+
+def model_card(conversion: "Conversion", made: str, model_type: str, checks: Sequence[str] = ()) -> str:
+    """The text of README.md. `made`: a sentence on what it was made from; `checks`: beside those of every folder."""
     config, written, opened = conversion.config, conversion.written, conversion.source
     name = conversion.target.name
     bad = sum(written.nonfinite.values())
     return _CARD.format(
         name=name,
-        version=hf_llama_repro.__version__,
-        source=source.name,
-        description=opened.description,
+        made=made,
         usage=_USAGE[model_type].format(name=name),
         num_parameters=written.num_parameters,
         layers=config.num_hidden_layers,
@@ -86,5 +86,6 @@ def model_card(conversion: "Conversion", source: Path, model_type: str) -> str:
         notes="".join(f"- Decided: {note}.\n" for note in opened.notes) + ("\n" if opened.notes else ""),
         num_tensors=len(opened.tensors),
         finite="Every value is finite." if not bad else f"**{bad} values are NaN or infinite, as in the source.**",
-        exactness=dtype_line(written, config),
+        exactness=conversion.weights,
+        checks="".join(f"- {check}\n" for check in checks),
     )

@@ -17,7 +17,9 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    """What it is written in."""
     read: Callable[[], torch.Tensor]
+    """Brings it in `dtype`, or, where it is computed, in a wider one that is to be rounded once."""
 
     @property
     def num_bytes(self) -> int:

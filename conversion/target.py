@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,14 @@ _FINITE_BLOCK = 1 << 24
 
 
 @contextlib.contextmanager
-def whole_or_nothing(target: Path, source: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Path]:
+def whole_or_nothing(target: Path, *sources: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
     """Yields an empty folder beside `target`, which takes its name when the block ends, and is removed when it fails.
 
     `num_bytes`: what is going to be written, to be told before it begins that the disk is too small.
-    Raises `CheckpointError` when `target` exists (with `overwrite`: when it is not a checkpoint), or is in `source`.
+    Raises `CheckpointError` when `target` exists (with `overwrite`: when it is not a checkpoint), or is in a source.
     """
     target = target.absolute()
-    _check_target(target, source.absolute(), overwrite=overwrite)
+    _check_target(target, sources, overwrite=overwrite)
     partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
     replaced = partial.with_name(f"{partial.name}-replaced")
     try:
@@ -74,10 +74,13 @@ def _failed_write(error: Exception) -> str | None:
     return str(error) if known else None
 
 
-def _check_target(target: Path, source: Path, *, overwrite: bool) -> None:
-    resolved, origin = target.resolve(), source.resolve()
-    if resolved == origin or resolved in origin.parents or origin in resolved.parents:
-        raise CheckpointError(f"{target} and the source {source} are inside of one another: choose another target")
+def _check_target(target: Path, sources: Iterable[Path], *, overwrite: bool) -> None:
+    for source in sources:
+        resolved, origin = target.resolve(), source.resolve()
+        if resolved == origin or resolved in origin.parents or origin in resolved.parents:
+            raise CheckpointError(
+                f"{target} and the source {source.absolute()} are inside of one another: choose another target"
+            )
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() and not overwrite:
@@ -130,8 +133,11 @@ def write_weights(
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             content = {}
             for name in names:
-                content[name] = _checked(name, tensors[name].read(), dtype, written, allow_nonfinite=allow_nonfinite)
-                progress.update(tensors[name].num_bytes)
+                tensor = tensors[name]
+                content[name] = _checked(
+                    name, tensor.read(), dtype or tensor.dtype, written, allow_nonfinite=allow_nonfinite
+                )
+                progress.update(tensor.num_bytes)
             save_file(content, folder / file, metadata={"format": "pt"})
             # safetensors makes it readable by the owner only; as every other file, like the folder.
             (folder / file).chmod(folder.stat().st_mode & 0o666)
@@ -171,7 +177,7 @@ def _plan(num_bytes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
 
 
 def _checked(
-    name: str, tensor: torch.Tensor, dtype: torch.dtype | None, written: Written, *, allow_nonfinite: bool
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, written: Written, *, allow_nonfinite: bool
 ) -> torch.Tensor:
     """The tensor in its target dtype; counts what is not finite and what the cast changed."""
     nonfinite = sum(int((~block.isfinite()).sum()) for block in tensor.view(-1).split(_FINITE_BLOCK))
@@ -180,9 +186,9 @@ def _checked(
         if not allow_nonfinite:
             raise CheckpointError(
                 f"{name} holds {nonfinite} NaN or infinite values of {tensor.numel()}: the checkpoint is damaged; "
-                "--allow-nonfinite converts it all the same"
+                "hf-llama-convert --allow-nonfinite converts it all the same"
             )
-    if dtype is None or dtype == tensor.dtype:
+    if dtype == tensor.dtype:
         return tensor
     cast = tensor.to(dtype)
     if overflown := int((~cast.isfinite()).sum()) - nonfinite:
