@@ -311,12 +311,12 @@ def test_a_second_task_in_a_record_is_reported(tmp_path: Path, key: str, text: s
     assert "\n" not in finding.detail
 
 
-@pytest.mark.parametrize("text", ["\n" * 200_000, " \n" * 100_000, "#" * 200_000, "#\n" * 100_000, "-" * 200_000])
+@pytest.mark.parametrize("text", ["\n" * 20_000, " \n" * 20_000, "#" * 20_000, "#\n" * 20_000, "-" * 20_000])
 def test_linting_takes_time_in_proportion_to_the_text(tmp_path: Path, text: str) -> None:
     # The pattern of merged instructions went over all following empty lines again for each of them: minutes.
     start = time.process_time()
     read(tmp_path, GOOD | {"output": f"a{text}b", "input": f"<{text}a"})
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("key", ["instruction", "input", "output", "system"])
