@@ -256,6 +256,8 @@ def as_on(device: Device) -> Iterator[None]:
     if device == "cpu":
         replaced.append((bitsandbytes_functions, "MatMul8bitLt", bitsandbytes_functions.MatMul8bitFp))
     with contextlib.ExitStack() as stack:
+        # bitsandbytes keeps a table of codes on the device that it first quantizes for: not on ours, after us.
+        stack.enter_context(mock.patch.dict(bitsandbytes.functional.name2qmap, clear=True))
         for place, name, ours_is in replaced:
             stack.enter_context(mock.patch.object(place, name, ours_is))
         # Without the table, the plan for a CPU has CUDA's larger blocks of logits.
