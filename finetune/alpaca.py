@@ -261,7 +261,7 @@ def _memory_line(recipe: Recipe, data: Data, num_processes: int, compute: Any) -
         read_config(Path(recipe.base_model)),
         records=len(data.train),
         num_processes=num_processes,
-        device=compute.device.type,
+        device="cpu" if compute.device.type == "cpu" else "cuda",  # others allocate as CUDA does
     )
     parts = ", ".join(f"{name} {size(count)}" for name, count in planned.memory.at_peak.items() if count)
     line = f"memory      {size(planned.peak)} planned: {parts}"
@@ -277,11 +277,12 @@ def _memory_line(recipe: Recipe, data: Data, num_processes: int, compute: Any) -
 
 def _check_and_time(recipe: Recipe, data: Data, model: Any, trainer: Any, state: Any) -> list[str]:
     """One pass over the longest micro-batch, before the first step; what it says of the whole run."""
-    from .guards import check_labels, preflight
+    from .guards import check_eos, check_labels, preflight
 
     examples = sorted(data.train, key=lambda example: -len(example.input_ids))[: recipe.micro_batch_size]
     batch = trainer.data_collator(examples)
     check_labels(examples, batch["labels"])
+    check_eos(model, data.encoder.eos)
     steps = recipe.max_steps or math.ceil(math.ceil(len(data.train) / recipe.batch_size) * recipe.epochs)
     first = preflight(model, {name: tensor.to(state.device) for name, tensor in batch.items()})
     tokens = sum(len(example.input_ids) for example in data.train)

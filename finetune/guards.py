@@ -45,6 +45,19 @@ def check_labels(examples: list[Example], labels: torch.Tensor) -> None:
         )
 
 
+def check_eos(model: Any, eos: int) -> None:
+    """Raises `InputError` where the model cannot say EOS: no row of the output matrix, or one that was never trained.
+
+    An adapter on other layers cannot mend that, and the model would never stop.
+    """
+    rows = model.get_output_embeddings().weight
+    remedy = "take a base and a tokenizer that belong together, or one whose EOS was trained"
+    if eos >= len(rows):
+        raise InputError(f"the tokenizer's EOS has id {eos}, and the model has {len(rows)} tokens: {remedy}")
+    if not rows[eos].any():
+        raise InputError(f"the output matrix holds only zeros for EOS (id {eos}), so that it cannot be said: {remedy}")
+
+
 def preflight(model: Any, batch: dict[str, torch.Tensor]) -> Preflight:
     """One forward and backward pass in training mode; parameters, gradients and random state are left as they were.
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM, modeling_llama_repro
 
-from .model import _quantization, add_adapter, enable_checkpointing
+from .model import add_adapter, bits_and_bytes, enable_checkpointing
 from .quiet import quiet
 from .recipe import Recipe
 
@@ -261,8 +261,8 @@ def as_on(device: Device) -> Iterator[None]:
         for place, name, ours_is in replaced:
             stack.enter_context(mock.patch.object(place, name, ours_is))
         # Without the table, the plan for a CPU has CUDA's larger blocks of logits.
-        sizes = getattr(modeling_llama_repro, "LOGITS_AT_A_TIME", None)
-        if device == "cpu" and sizes:
+        sizes = modeling_llama_repro.LOGITS_AT_A_TIME
+        if device == "cpu":
             stack.enter_context(mock.patch.dict(sizes, {"meta": sizes["cpu"]}))
         yield
 
@@ -275,7 +275,7 @@ def build(recipe: Recipe, config: LlamaReproConfig) -> nn.Module:
     dtype = torch.float32 if recipe.method == "full" else compute_dtype(recipe)
     with torch.device("meta"):
         model: Any = LlamaReproForCausalLM._from_config(config, dtype=dtype)
-    settings = _quantization(recipe.quantization, dtype)
+    settings = bits_and_bytes(recipe.quantization, dtype)
     if settings is not None:
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
         quantizer.preprocess_model(model, device_map=None, dtype=dtype)

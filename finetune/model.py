@@ -85,7 +85,7 @@ def load_base(folder: Path, *, dtype: torch.dtype, device: torch.device, quantiz
                 config=read_config(folder),
                 dtype=dtype,
                 device_map={"": device} if device.type != "cpu" or quantization != "none" else None,
-                quantization_config=_quantization(quantization, dtype),
+                quantization_config=bits_and_bytes(quantization, dtype),
             )
     except OSError as error:
         raise CheckpointError(f"{folder} has no weights that can be read ({error})") from None
@@ -99,7 +99,8 @@ def load_base(folder: Path, *, dtype: torch.dtype, device: torch.device, quantiz
     return model
 
 
-def _quantization(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def bits_and_bytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How bitsandbytes is to quantize the base, if at all."""
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     if quantization == "nf4":

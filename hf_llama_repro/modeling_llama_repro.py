@@ -324,6 +324,17 @@ class LlamaReproModel(LlamaReproPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
+# Logits in memory at a time, in values, where the loss is taken and where the output matrix is applied: what a CPU's
+# cache holds, and some tens of MB; elsewhere, few kernel launches.
+LOGITS_AT_A_TIME = {"cpu": (1 << 19, 1 << 23), "cuda": (1 << 25, 1 << 26)}
+
+
+def rows_at_a_time(device: torch.device, vocab_size: int, *, with_head: bool) -> int:
+    """Rows of logits that are taken together."""
+    values = LOGITS_AT_A_TIME.get(device.type, LOGITS_AT_A_TIME["cuda"])[with_head]
+    return max(1, values // vocab_size)
+
+
 class SummedCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(logits)[target] over the rows of (rows, vocab_size) whose target is not `ignore_index`.
 
@@ -333,8 +344,7 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def _blocks(logits: torch.Tensor, *others: torch.Tensor):
-        values = 1 << 19 if logits.device.type == "cpu" else 1 << 25  # what a CPU's cache holds; few kernel launches
-        rows = max(1, values // logits.shape[-1])
+        rows = rows_at_a_time(logits.device, logits.shape[-1], with_head=False)
         return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
 
     @staticmethod
@@ -374,8 +384,7 @@ class HeadAndCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, lm_head: nn.Linear, targets: torch.Tensor, hidden_states: torch.Tensor, *parameters: torch.Tensor):
-        values = 1 << 23 if hidden_states.device.type == "cpu" else 1 << 26  # logits of a block: some tens of MB
-        rows = max(1, values // lm_head.out_features)
+        rows = rows_at_a_time(hidden_states.device, lm_head.out_features, with_head=True)
         wanted = ctx.needs_input_grad[2:]
         hidden_states = hidden_states.detach().requires_grad_(wanted[0])
         learnt = [tensor for tensor, learns in zip((hidden_states, *parameters), wanted, strict=True) if learns]

@@ -15,7 +15,15 @@ from transformers import DataCollatorForLanguageModeling, TrainerCallback
 import finetune.alpaca as command
 from finetune.alpaca import finetune, main, prepare_data
 from finetune.encoding import IGNORED
-from finetune.guards import EQUAL_LOSSES, GradientWatch, TrainingStoppedError, Watch, check_labels, preflight
+from finetune.guards import (
+    EQUAL_LOSSES,
+    GradientWatch,
+    TrainingStoppedError,
+    Watch,
+    check_eos,
+    check_labels,
+    preflight,
+)
 from finetune.model import choose_compute, load_model
 from finetune.recipe import as_yaml
 from finetune.training import BatchesOfOneLength, FinetuneTrainer, collate, held_out_loss
@@ -150,6 +158,21 @@ def test_eos_masked_as_padding_is_refused(recipe, monkeypatch):
     monkeypatch.setattr("finetune.training.collate", lambda examples: {**collate(examples), "labels": batch["labels"]})
     with pytest.raises(InputError, match="tokens of a batch are supervised and not"):
         finetune(recipe)
+
+
+@pytest.mark.parametrize("fault", ["beyond the model", "never trained"])
+def test_an_eos_that_the_model_cannot_say_is_refused(recipe, fault):
+    model, data = loaded(recipe)
+    eos = data.encoder.eos
+    check_eos(model, eos)
+    if fault == "beyond the model":
+        with pytest.raises(InputError, match="EOS has id 512, and the model has 512 tokens"):
+            check_eos(model, 512)
+        return
+    with torch.no_grad():
+        model.get_output_embeddings().weight[eos] = 0
+    with pytest.raises(InputError, match="holds only zeros for EOS"):
+        check_eos(model, eos)
 
 
 # --- while it goes on
