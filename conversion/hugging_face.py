@@ -10,16 +10,11 @@ from safetensors import SafetensorError, safe_open
 
 from hf_llama_repro import LlamaReproConfig
 from hf_llama_repro.errors import CheckpointError
+from hf_llama_repro.llama_folder import MODEL_TYPES, architecture
 
 from .keys import DTYPES, EMBEDDING, OUR_FREQUENCIES, OUTPUT, check_layers, check_names, our_shapes
 from .source import Source, StoredTensor, promoted
 
-MODEL_TYPES = ("llama", "llama_repro")
-# Fields that say how the folder is opened, not what the model is.
-_NOT_ARCHITECTURE = (
-    *("architectures", "auto_map", "model_type", "transformers_version", "_name_or_path", "torch_dtype"),
-    "quantization_config",
-)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -42,9 +37,8 @@ def open_hugging_face(folder: Path, *, dequantize: bool = False) -> Source:
             )
     tensors = _tensors(folder, dequantize=bool(quantization))
     dtype = fields.get("dtype") or fields.get("torch_dtype") or promoted(tensors.values())
-    architecture = {name: value for name, value in fields.items() if name not in _NOT_ARCHITECTURE}
     try:
-        config = LlamaReproConfig(**{**architecture, "dtype": dtype})
+        config = LlamaReproConfig(**{**architecture(fields), "dtype": dtype})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     check_layers(tensors, config, folder, "config.json")

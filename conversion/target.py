@@ -1,7 +1,6 @@
 """What a conversion writes: a folder that appears under its name only when whole, and weights in safetensors shards."""
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from hf_llama_repro.errors import CheckpointError
+from hf_llama_repro.errors import CheckpointError, failed_write
 
 from .source import StoredTensor
 
@@ -52,7 +50,7 @@ def whole_or_nothing(target: Path, *sources: Path, overwrite: bool, num_bytes: i
     except CheckpointError:
         raise
     except Exception as error:
-        if (reason := _failed_write(error)) is None:
+        if (reason := failed_write(error)) is None:
             raise
         raise CheckpointError(f"{target} could not be written ({reason}); nothing is left of it") from error
     finally:
@@ -61,17 +59,6 @@ def whole_or_nothing(target: Path, *sources: Path, overwrite: bool, num_bytes: i
             replaced.rename(target)
         for folder in (partial, replaced):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _failed_write(error: Exception) -> str | None:
-    """Why writing failed, if that is what happened: each library that writes has an exception of its own for it."""
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return "no space left on the disk"
-    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch does not say why
-        return "no space left on the disk, or a limit on the size of files"
-    # tokenizers raises a bare Exception with Rust's text.
-    known = isinstance(error, OSError | SafetensorError) or "(os error" in str(error)
-    return str(error) if known else None
 
 
 def _check_target(target: Path, sources: Iterable[Path], *, overwrite: bool) -> None:

@@ -11,13 +11,10 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM
 from hf_llama_repro.errors import CheckpointError, InputError
+from hf_llama_repro.llama_folder import MODEL_TYPES, architecture
 from hf_llama_repro.mapped_pages import mapped_pages_released
 
 from .recipe import Recipe
-
-MODEL_TYPES = ("llama", "llama_repro")
-# config.json's fields that say how a folder is opened, not what the model is.
-_NOT_ARCHITECTURE = ("architectures", "auto_map", "model_type", "transformers_version", "_name_or_path", "torch_dtype")
 
 
 class Compute(NamedTuple):
@@ -61,7 +58,7 @@ def read_config(folder: Path) -> LlamaReproConfig:
     if fields.get("quantization_config"):
         raise CheckpointError(f"{folder} is quantized already: give the 16- or 32-bit folder that it was made from")
     try:
-        return LlamaReproConfig(**{name: value for name, value in fields.items() if name not in _NOT_ARCHITECTURE})
+        return LlamaReproConfig(**architecture(fields))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 

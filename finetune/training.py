@@ -1,6 +1,5 @@
 """The training loop: transformers' Trainer with batches of one length, a loss without logits, whole checkpoints."""
 
-import errno
 import json
 import random
 import shutil
@@ -12,7 +11,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_llama_repro.errors import InputError
+from hf_llama_repro.errors import failed_write
 
 from .checkpoints import keep_newest, publish
 from .encoding import IGNORED, Example
@@ -225,18 +224,6 @@ class FinetuneTrainer(Trainer):
                 shutil.rmtree(aside, ignore_errors=True)
             self._aside = None
             self.accelerator.wait_for_everyone()
-
-
-def failed_write(error: Exception) -> str | None:
-    """Why writing failed, if that is what happened."""
-    if isinstance(error, InputError):
-        return None
-    text = str(error)
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
-        return "no space left on the disk"
-    if "inline_container" in text or "PytorchStreamWriter" in text:  # torch does not say why
-        return "no space left on the disk, or a limit on the size of files"
-    return text if isinstance(error, OSError) or "(os error" in text else None
 
 
 @torch.no_grad()

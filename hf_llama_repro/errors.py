@@ -1,5 +1,7 @@
 """The errors that a user of this package is meant to read."""
 
+import errno
+
 
 class InputError(ValueError):
     """Something handed in is not what it should be: says what, where, what is allowed, and the remedy.
@@ -10,3 +12,18 @@ class InputError(ValueError):
 
 class CheckpointError(InputError):
     """What is wrong is a checkpoint: weights, configuration, tokenizer or adapter, read or about to be written."""
+
+
+def failed_write(error: Exception) -> str | None:
+    """Why writing failed, if that is what happened: each library that writes has an exception of its own for it."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, InputError):
+        return None
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return "no space left on the disk"
+    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch does not say why
+        return "no space left on the disk, or a limit on the size of files"
+    # tokenizers raises a bare Exception with Rust's text.
+    known = isinstance(error, OSError | SafetensorError) or "(os error" in str(error)
+    return str(error) if known else None
