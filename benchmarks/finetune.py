@@ -215,8 +215,11 @@ def draw(results: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, all_axes = pyplot.subplots(1, len(PRECISIONS), figsize=(10, 4), layout="constrained", sharey=True)
-    for axes, precision in zip(all_axes, PRECISIONS, strict=True):
+    precisions = sorted({precision for _, precision in results})
+    figure, all_axes = pyplot.subplots(
+        1, len(precisions), figsize=(5 * len(precisions), 4), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, precision in zip(all_axes[0], precisions, strict=True):
         for side, style in (("alpaca-lora", "--"), ("ours", "-")):
             axes.plot(*zip(*results[side, precision]["losses"], strict=True), style, label=side)
         axes.set(title=f"SmolLM2-135M, {precision}", xlabel="optimizer step", ylabel="training loss")
@@ -232,6 +235,7 @@ def main() -> int:
         "--data", type=Path, default=ROOT.parent / "shared" / "data" / "alpaca_en.json", help="Alpaca records"
     )
     parser.add_argument("--max-steps", type=int, default=0, help="a shorter run, for a try")
+    parser.add_argument("--precision", choices=PRECISIONS, help="one of them; the picture takes the other from before")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "PRECISION"), help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     arguments = parser.parse_args()
@@ -249,7 +253,7 @@ def main() -> int:
     print(machine(), end="\n\n", flush=True)
     print("| | alpaca-lora, s | ours, s | faster | peak, GB | ours | held-out loss | ours | difference |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    for precision in PRECISIONS:
+    for precision in [arguments.precision] if arguments.precision else PRECISIONS:
         for side in ("alpaca-lora", "ours"):
             command = [sys.executable, __file__, "--one", side, precision, "--max-steps", str(arguments.max_steps)]
             log = OUTPUT / f"{side}-{precision}.log"
@@ -267,6 +271,11 @@ def main() -> int:
             flush=True,
         )
     print(f"\nsupervised tokens: {own['supervised']:,} on both sides, in both precisions")
+    for precision in PRECISIONS:
+        for side in ("alpaca-lora", "ours"):
+            before = OUTPUT / f"{side}-{precision}.json"
+            if (side, precision) not in results and before.is_file():
+                results[side, precision] = json.loads(before.read_text())
     draw(results, ROOT / "docs" / "finetuning-loss.png")
     if arguments.json:
         rows = [{"side": side, "precision": precision, **figures} for (side, precision), figures in results.items()]
