@@ -101,6 +101,7 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     """
     from accelerate import PartialState
 
+    from .guards import check_trained
     from .model import choose_compute, load_model
     from .training import METRICS
 
@@ -117,7 +118,7 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     compute = choose_compute(recipe, state.device)
     _seed(recipe.seed)
     model = load_model(recipe, compute)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = check_trained(model, recipe)
     say(f"base        {recipe.base_model}: {_quantized(recipe)}, computes in {_name(compute.dtype)} ({compute.reason})")
     trainer = _trainer(recipe, data, model, state, compute)
     say(_trained_line(recipe, model, trained))
@@ -154,13 +155,15 @@ def _open_output(recipe: Recipe, *, resume: bool, say: Any, is_main: bool) -> Pa
     output_dir = Path(recipe.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if resume and (output_dir / RECIPE_FILE).is_file():
+        # Without a checkpoint there is nothing to lose: a run that was stopped before the first may be begun anew.
+        begun = bool(checkpoints(output_dir)) and (output_dir / RECIPE_FILE).is_file()
+        if resume and begun:
             _check_same(recipe, load_recipe(output_dir / RECIPE_FILE))
             checkpoint, warnings = newest_whole(output_dir)
             say(*(f"WARNING     {warning}" for warning in warnings), sep="\n", end="\n" if warnings else "")
-            say(f"resume      {checkpoint or 'there is no checkpoint: starts from the beginning'}")
+            say(f"resume      {checkpoint or 'no checkpoint is whole: starts from the beginning'}")
             return checkpoint
-        if is_main and (checkpoints(output_dir) or (output_dir / RECIPE_FILE).exists()):
+        if begun or (output_dir / "adapter").exists() or (output_dir / "model").exists():
             raise InputError(f"{output_dir} holds a run: go on with it by --resume, or choose another output_dir")
         if is_main:
             (output_dir / RECIPE_FILE).write_text(as_yaml(recipe), encoding="utf-8")

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from hf_llama_repro.errors import InputError
 
 from .encoding import IGNORED, Example
+from .recipe import Recipe
 
 # Losses of so many optimizer steps that are equal to the last bit: two may be, where the first learning rate is 0.
 EQUAL_LOSSES = 3
@@ -43,6 +44,39 @@ def check_labels(examples: list[Example], labels: torch.Tensor) -> None:
             "token is EOS, EOS is masked as well and the model never learns to stop; "
             "use a collator that tells padding by position"
         )
+
+
+def adapter_size(config: Any, recipe: Recipe) -> int:
+    """Parameters of the recipe's adapter: rank times inputs and outputs of each layer that it is on.
+
+    4,194,304 for 7B with rank 8 on q_proj and v_proj, as published (alpaca-lora).
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv_heads = config.num_key_value_heads * config.head_dim
+    inputs_and_outputs = {
+        "q_proj": hidden + heads,
+        "k_proj": hidden + kv_heads,
+        "v_proj": hidden + kv_heads,
+        "o_proj": heads + hidden,
+        "gate_proj": hidden + config.intermediate_size,
+        "up_proj": hidden + config.intermediate_size,
+        "down_proj": config.intermediate_size + hidden,
+    }
+    in_layers = sum(inputs_and_outputs.get(name, 0) for name in recipe.lora_targets) * config.num_hidden_layers
+    return recipe.lora_r * (in_layers + ("lm_head" in recipe.lora_targets) * (hidden + config.vocab_size))
+
+
+def check_trained(model: Any, recipe: Recipe) -> int:
+    """Number of parameters that are trained. Raises `TrainingStoppedError` where it is not what the recipe asks for."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    expected = adapter_size(model.config, recipe) if recipe.method == "lora" else total
+    if trained != expected:
+        raise TrainingStoppedError(
+            f"{trained:,} parameters are trained, and the recipe asks for {expected:,}: "
+            f"method={recipe.method}, lora_r={recipe.lora_r}, lora_targets={', '.join(recipe.lora_targets)}"
+        )
+    return trained
 
 
 def check_eos(model: Any, eos: int) -> None:

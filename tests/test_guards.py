@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from bitsandbytes.nn.modules import has_avx512bf16
-from finetune_runs import adapter, losses, records, run_command, tiny_recipe
+from finetune_runs import adapter, losses, metrics, records, run_command, tiny_recipe
 from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
 import finetune.alpaca as command
@@ -20,13 +20,16 @@ from finetune.guards import (
     GradientWatch,
     TrainingStoppedError,
     Watch,
+    adapter_size,
     check_eos,
     check_labels,
+    check_trained,
     preflight,
 )
 from finetune.model import choose_compute, load_model
 from finetune.recipe import as_yaml
 from finetune.training import BatchesOfOneLength, FinetuneTrainer, collate, held_out_loss
+from hf_llama_repro import LlamaReproConfig
 from hf_llama_repro.errors import InputError
 
 CPU = torch.device("cpu")
@@ -173,6 +176,38 @@ def test_an_eos_that_the_model_cannot_say_is_refused(recipe, fault):
         model.get_output_embeddings().weight[eos] = 0
     with pytest.raises(InputError, match="holds only zeros for EOS"):
         check_eos(model, eos)
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "targets", "published"),
+    [
+        ("llama-7b", 8, ("q_proj", "v_proj"), 4_194_304),
+        ("llama-13b", 8, ("q_proj", "v_proj"), 6_553_600),
+        ("llama-7b", 16, ("q_proj", "k_proj", "v_proj", "o_proj"), 16_777_216),
+    ],
+)
+def test_adapters_have_the_published_sizes(recipe, size, rank, targets, published):
+    config = LlamaReproConfig.from_paper(size)
+    assert adapter_size(config, changed(recipe, lora_r=rank, lora_targets=targets)) == published
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj", "o_proj", "down_proj", "lm_head"), ("up_proj",)])
+def test_what_is_trained_is_counted(recipe, targets):
+    recipe = changed(recipe, lora_targets=targets)
+    model, _ = loaded(recipe)
+    assert check_trained(model, recipe) == adapter_size(model.config, recipe)
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(TrainingStoppedError, match="parameters are trained, and the recipe asks for"):
+        check_trained(model, recipe)
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_may_be_begun_anew(recipe, monkeypatch):
+    with monkeypatch.context() as patch:
+        with_fault(patch, 1, spoil_adapter)
+        with pytest.raises(TrainingStoppedError):
+            finetune(recipe)
+    finetune(changed(recipe, learning_rate=1e-3))
+    assert [line["step"] for line in metrics(recipe) if "eval_loss" in line] == [0, 12]
 
 
 # --- while it goes on
