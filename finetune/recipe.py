@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import os
 import reprlib
 import typing
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         raise InputError(f"{file} holds a {type(content).__name__}, not keys with values")
     for name, value in content.items():
         if isinstance(value, str) and value.startswith("./"):
-            content[name] = str(file.parent / value)
+            content[name] = os.path.normpath(file.parent / value)
     return make_recipe({**content, **(overrides or {})}, where=str(file))
 
 

@@ -130,7 +130,7 @@ def training_arguments(recipe: Recipe, num_processes: int, dtype: torch.dtype, *
         fp16=dtype == torch.float16,
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,  # would show the mean of earlier losses in place of a NaN
-        eval_strategy="steps" if recipe.eval_steps else "no",
+        eval_strategy="steps" if recipe.eval_steps and recipe.held_out else "no",
         eval_steps=recipe.eval_steps or None,
         save_strategy="steps",
         save_steps=recipe.save_steps,

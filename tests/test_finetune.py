@@ -228,6 +228,12 @@ def test_gradient_checkpointing_changes_no_loss(tiny_base, tiny_data, tmp_path, 
     torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
 
 
+def test_without_held_out_records_nothing_is_evaluated(tiny_base, tiny_data, tmp_path):
+    recipe = tiny_recipe(tiny_base, tiny_data, tmp_path / "run", held_out=0, eval_steps=2, max_steps=4)
+    finetune(recipe)
+    assert [line for line in metrics(recipe) if "eval_loss" in line] == []
+
+
 def test_inspect_marks_exactly_what_is_supervised(tiny_base, tiny_data, tmp_path, capsys):
     recipe = tiny_recipe(tiny_base, tiny_data, tmp_path / "run")
     path = tmp_path / "recipe.yaml"
