@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import math
 import os
-import os
 import reprlib
 import typing
 from dataclasses import dataclass, field
