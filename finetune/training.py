@@ -19,16 +19,19 @@ from .guards import TrainingStoppedError, Watch
 from .recipe import Recipe
 
 METRICS = "metrics.jsonl"
+# Batches are as long as a multiple of this: libraries keep kernels and memory for each shape that they meet.
+LENGTH_MULTIPLE = 16
 TENSORBOARD = "tensorboard"
 
 
 def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
-    """input_ids and labels (batch, seq), padded on the right to the longest.
+    """input_ids and labels (batch, seq), padded on the right to the longest, or a little more.
 
     No attention mask: a causal model's tokens see nothing to their right, and padding has no label. What is padding is
     told by position and never by a token's id, so that EOS is learnt also where it serves as the padding.
     """
-    length = max(len(example.input_ids) for example in examples)
+    longest = max(len(example.input_ids) for example in examples)
+    length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     return {
         "input_ids": torch.tensor([e.input_ids + [0] * (length - len(e.input_ids)) for e in examples]),
         "labels": torch.tensor([e.labels + [IGNORED] * (length - len(e.labels)) for e in examples]),

@@ -435,7 +435,11 @@ def causal_lm_loss(
         loss, _ = SummedCrossEntropy.apply(rows, targets, ignore_index)
     else:
         counted = (targets != ignore_index).nonzero().squeeze(-1)
-        loss = HeadAndCrossEntropy.apply(lm_head, targets[counted], rows[counted], *lm_head.parameters())
+        # Up to a multiple of 32, by rows that do not count: libraries keep kernels and memory for each shape they meet.
+        padding = -len(counted) % 32
+        chosen, counted = targets[counted], F.pad(counted, (0, padding))
+        chosen = F.pad(chosen, (0, padding), value=-100)
+        loss = HeadAndCrossEntropy.apply(lm_head, chosen, rows[counted], *lm_head.parameters())
     return loss / torch.as_tensor(num_items_in_batch, device=loss.device)  # some trainers give an int
 
 

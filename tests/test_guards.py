@@ -28,7 +28,7 @@ from finetune.guards import (
 )
 from finetune.model import choose_compute, load_model
 from finetune.recipe import as_yaml
-from finetune.training import BatchesOfOneLength, FinetuneTrainer, collate, held_out_loss
+from finetune.training import LENGTH_MULTIPLE, BatchesOfOneLength, FinetuneTrainer, collate, held_out_loss
 from hf_llama_repro import LlamaReproConfig
 from hf_llama_repro.errors import InputError
 
@@ -153,7 +153,7 @@ def test_eos_masked_as_padding_is_refused(recipe, monkeypatch):
     data = prepare_data(recipe)
     tokenizer = data.encoder.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
-    usual = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    usual = DataCollatorForLanguageModeling(tokenizer, mlm=False, pad_to_multiple_of=LENGTH_MULTIPLE)
     batch = usual([{"input_ids": example.input_ids} for example in data.train[:4]])
     with pytest.raises(InputError, match="pad token is EOS, EOS is masked as well"):
         check_labels(data.train[:4], batch["labels"].masked_fill(collate(data.train[:4])["labels"] == IGNORED, IGNORED))

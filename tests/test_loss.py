@@ -145,7 +145,8 @@ def test_without_logits_only_blocks_of_them_are_ever_in_memory():
     causal_lm_loss(hidden, labels, VOCAB, lm_head=head).backward()
     assert len(shapes) > 1
     counted = int((labels[:, 1:] != -100).sum())
-    assert sum(shape[0] for shape in shapes) == counted < labels.numel()
+    # Up to 31 rows that do not count make the last block one of few shapes.
+    assert counted <= sum(shape[0] for shape in shapes) < counted + 32 < labels.numel()
 
 
 def test_without_logits_and_without_gradients_the_loss_is_the_same():
