@@ -25,11 +25,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from finetune.alpaca import finetune, main, prepare_data
-from finetune.encoding import Encoder
+from finetune.encoding import Encoder, Example
 from finetune.generate import generate, load_answering
 from finetune.model import load_tokenizer
 from finetune.records import read_records
 from finetune.template import load_template
+from finetune.training import LENGTH_MULTIPLE, collate
 from hf_llama_repro.errors import InputError
 
 QUANTIZATIONS = ("none", "int8")
@@ -271,3 +272,9 @@ def test_two_processes_take_the_steps_of_one(tiny_base, tiny_data, tmp_path):
     assert saved.keys() == reference.keys()
     for name, tensor in saved.items():
         torch.testing.assert_close(tensor, reference[name], rtol=1e-3, atol=1e-4)
+
+
+def test_batches_have_few_shapes():
+    """Memory grew with every new length: libraries keep kernels and buffers for each."""
+    shapes = {collate([Example([1] * length, [1] * length)])["input_ids"].shape for length in range(1, 257)}
+    assert len(shapes) == 256 / LENGTH_MULTIPLE == 16
