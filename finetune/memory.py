@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM, modeling_llama_repro
 
+from .cpu_kernels import use_cpu_kernels
 from .model import add_adapter, bits_and_bytes, enable_checkpointing
 from .quiet import quiet
 from .recipe import Recipe
@@ -314,6 +315,8 @@ def trace(recipe: Recipe, config: LlamaReproConfig, *, device: Device = "cuda", 
             if recipe.method == "lora":
                 model = add_adapter(model, recipe)
                 record.tag("adapter")
+            if device == "cpu":
+                use_cpu_kernels(model)
             train(model.train(), recipe, record, device=device, accumulates=accumulates)
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         return Trace(record.read(), _num_parameters(config), num_trained)

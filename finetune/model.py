@@ -14,6 +14,7 @@ from hf_llama_repro.errors import CheckpointError, InputError
 from hf_llama_repro.llama_folder import MODEL_TYPES, architecture
 from hf_llama_repro.mapped_pages import mapped_pages_released
 
+from .cpu_kernels import use_cpu_kernels
 from .recipe import Recipe
 
 
@@ -145,4 +146,6 @@ def load_model(recipe: Recipe, compute: Compute) -> Any:
         enable_checkpointing(model, recipe.quantization)
     if recipe.method == "lora":
         model = add_adapter(model, recipe)
+    if compute.device.type == "cpu":
+        use_cpu_kernels(model)
     return model
