@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from random_models import random_model, tiny_config
 from safetensors.torch import load_file
 from sentencepiece_fixtures import convert, corpus
 
+from finetune.alpaca import Data, prepare_data
+from finetune.model import choose_compute, load_model
 from finetune.recipe import Recipe
 from finetune.training import read_metrics
 
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +78,21 @@ def tiny_recipe(base: Path, data: Path, output: Path, **fields: Any) -> Recipe:
         "save_steps": 4,
     }
     return Recipe(**{**defaults, **fields})
+
+
+@pytest.fixture
+def recipe(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> Recipe:
+    return tiny_recipe(tiny_base, tiny_data, tmp_path / "run")
+
+
+def changed(recipe: Recipe, **fields: Any) -> Recipe:
+    return replace(recipe, **fields)
+
+
+def loaded(recipe: Recipe) -> tuple[Any, Data]:
+    """The recipe's model and data in this process."""
+    torch.manual_seed(0)
+    return load_model(recipe, choose_compute(recipe, CPU)), prepare_data(recipe)
 
 
 def command_line(recipe: Recipe, *arguments: str) -> list[str]:
