@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test test-oldest test-wheel lint type unit test-transformers bench bench-finetune bench-memory build clean
+.PHONY: help install demo test test-oldest test-wheel lint type unit test-transformers bench bench-finetune bench-conversion bench-memory build clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -48,6 +48,9 @@ bench: $(INSTALLED)  ## our model beside transformers' Llama
 
 bench-finetune: $(INSTALLED)  ## our fine-tuning beside alpaca-lora's loop: 40 minutes
 	$(BIN)/python benchmarks/finetune.py
+
+bench-conversion: $(INSTALLED)  ## conversion beside cp, up to 13.5 GB: 15 minutes, 45 GB of disk
+	$(BIN)/python benchmarks/conversion.py
 
 bench-memory: $(INSTALLED)  ## the planned memory beside the measured
 	$(BIN)/python benchmarks/finetune_memory.py

@@ -66,6 +66,7 @@ class Adapter:
     folder: Path
     fields: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    files: tuple[Path, ...]
 
     def scaling(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r), of a module of the base."""
@@ -113,7 +114,7 @@ def open_adapter(folder: Path) -> Adapter:
             raise CheckpointError(
                 f"{path}: {name} holds {bad} NaN or infinite values: train it again, with a lower rate"
             )
-    return Adapter(folder, fields, tensors)
+    return Adapter(folder, fields, tensors, (folder / CONFIG_FILE, path))
 
 
 def _check_fields(path: Path, fields: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ python -m conversion.convert SOURCE TARGET
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,8 @@ class Conversion:
     """One line on the tokenizer."""
     weights: str
     """One line on whether the values are those of the source."""
+    checks: tuple[str, ...] = ()
+    """What was proved of the folder."""
 
     def lines(self) -> list[str]:
         """What a person wants to know of it."""
@@ -50,6 +52,7 @@ class Conversion:
             *(f"decided    {note}" for note in self.source.notes),
             f"tokenizer  {self.tokenizer}",
             f"weights    {self.weights}",
+            *(f"verified   {check}" for check in self.checks),
         ]
         if written.nonfinite:
             named = ", ".join(f"{name} ({count})" for name, count in list(written.nonfinite.items())[:5])
@@ -80,12 +83,18 @@ def convert(
     chat: bool | None = None,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
+    resume: bool | None = None,
+    verify: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Conversion:
-    """Writes `target` from `source`, whole or not at all.
+    """Writes `target` from `source`, whole or not at all; in memory are two tensors at a time, whatever their number.
 
     `model_type` "llama_repro" runs with this package (or with trust_remote_code=True), "llama" with stock transformers.
     `dtype` "auto" keeps the source's. `tokenizer` replaces the one found with the source. `max_shard_size` in decimal
-    units. `context_length` (tokens) and `chat` answer what the files of a Meta folder may not tell.
+    units. `context_length` (tokens) and `chat` answer what the files of a Meta folder may not tell. `resume` True goes
+    on with what an interrupted conversion finished, False begins it anew; None refuses where there is such a thing.
+    `verify` proves the folder before it gets its name. `tell` is given a line on the space needed, before anything is
+    written.
     Raises `CheckpointError`; the source is never changed.
     """
     import torch
@@ -108,10 +117,26 @@ def convert(
         max_shard_bytes=max_shard_bytes,
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
+        resumable=True,
+        resume=resume,
+        tell=tell,
     ) as (folder, conversion):
+        conversion = replace(conversion, checks=_verified(source, folder, tokenizer) if verify else ())
         made = f"Converted {made_by('hf-llama-convert')} from `{source.name}`: {opened.description}."
-        (folder / "README.md").write_text(model_card(conversion, made, model_type), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(conversion, made, model_type, conversion.checks), encoding="utf-8")
     return conversion
+
+
+def _verified(source: Path, folder: Path, tokenizer: Path | None) -> tuple[str, ...]:
+    from .verify import table, verify
+
+    checks = verify(source, folder, tokenizer=tokenizer)
+    if failed := [check for check in checks if not check.passed]:
+        raise CheckpointError(
+            f"what was written is not its source: {table(failed)}; this is a fault of hf-llama-convert, "
+            "not of the files: please report it"
+        )
+    return tuple(f"{check.name}: {check.found}" for check in checks)
 
 
 @contextlib.contextmanager
@@ -125,26 +150,67 @@ def new_folder(
     max_shard_bytes: int,
     allow_nonfinite: bool,
     overwrite: bool,
+    resumable: bool = False,
+    resume: bool | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> "Iterator[tuple[Path, Conversion]]":
     """Yields a folder with all of `opened` but its README, which becomes `target` when the block ends.
 
     `sources`: folders that it may not lie in. `dtype` None keeps each tensor's own. Where the block raises, nothing
-    is left.
+    is left, but for the finished files of a `resumable` folder that was interrupted.
     """
+    from .manifest import Manifest
+    from .model_card import made_by
+    from .sums import summed
     from .target import num_target_bytes, whole_or_nothing, write_weights
 
     config = opened.config
     config.dtype = dtype or config.dtype
+    request = {
+        "source": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in opened.files],
+        "options": [
+            model_type,
+            str(dtype),
+            max_shard_bytes,
+            allow_nonfinite,
+            str(opened.tokenizer),
+            opened.chat,
+            config.max_position_embeddings,
+        ],
+        "version of hf-llama-repro": made_by("hf-llama-convert"),
+    }
     num_bytes = num_target_bytes(opened.tensors, dtype)
-    with whole_or_nothing(target, *sources, overwrite=overwrite, num_bytes=num_bytes) as folder:
+    files = dict(opened.files)
+    if opened.tokenizer is not None and opened.tokenizer.is_file():
+        files.setdefault(opened.tokenizer, None)
+    with (
+        whole_or_nothing(
+            target,
+            *sources,
+            overwrite=overwrite,
+            num_bytes=num_bytes,
+            request=request if resumable else None,
+            resume=resume,
+            tell=tell,
+        ) as folder,
+        summed(files) as sums,
+    ):
+        manifest = Manifest(folder, request if resumable else None)
         # The tokenizer first: it may be refused, and that is better known before hours of writing.
         tokenizer_line = "none" if opened.tokenizer is None else _write_tokenizer(opened.tokenizer, folder, opened)
         written = write_weights(
-            folder, opened.tensors, dtype=dtype, max_shard_bytes=max_shard_bytes, allow_nonfinite=allow_nonfinite
+            opened,
+            manifest,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            allow_nonfinite=allow_nonfinite,
+            check=sums.check,
         )
         _write_configuration(folder, config, model_type)
         _write_generation_config(folder, opened)
+        source_sums = sums.result()
         yield folder, Conversion(target, opened, config, written, tokenizer_line, dtype_line(written, config))
+        manifest.complete(source_sums)
 
 
 def _write_tokenizer(tokenizer: Path, folder: Path, opened: "Source") -> str:
@@ -243,12 +309,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--allow-nonfinite", action="store_true", help="convert weights with NaN or infinite values")
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it is a checkpoint")
+    parser.add_argument("--verify", action="store_true", help="prove the result, as hf-llama-verify does")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="go on with what an interrupted conversion finished; --no-resume begins it anew",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    return run(lambda: print("\n".join(convert(**vars(arguments)).lines())))
+    return run(
+        lambda: print("\n".join(convert(**vars(arguments), tell=print).lines())),
+        interrupted=f"{arguments.target} was not made; --resume goes on from the files that are finished",
+    )
 
 
 if __name__ == "__main__":

@@ -36,11 +36,15 @@ def export(
 
     The dtype is kept. Raises `CheckpointError` when Meta's layout cannot hold the model, or not in so many shards.
     """
-    import torch
     from tqdm import tqdm
 
+    from hf_llama_repro.mapped_pages import release_mapped_pages
+
     from .keys import EMBEDDING, OUTPUT, expand
+    from .manifest import Manifest
+    from .pth_file import PthWriter
     from .source import open_source, promoted
+    from .sums import summed
     from .target import num_target_bytes, whole_or_nothing, write_json
 
     source = open_source(model, context_length=context_length)
@@ -51,16 +55,28 @@ def export(
     # Meta's layout has no tied weights: the embedding is written as the output matrix too.
     tensors = source.tensors if OUTPUT in source.tensors else {**source.tensors, OUTPUT: source.tensors[EMBEDDING]}
     num_bytes = num_target_bytes(tensors, None)
-    with whole_or_nothing(target, model, overwrite=overwrite, num_bytes=num_bytes) as folder:
+    layout = expand(config)
+    with (
+        whole_or_nothing(target, model, overwrite=overwrite, num_bytes=num_bytes) as folder,
+        summed(source.files) as sums,
+    ):
         tokenizer_line = _write_tokenizer(source, folder) if with_tokenizer else "none"
         write_json(folder / "params.json", params(config, has_tokenizer_model=(folder / "tokenizer.model").is_file()))
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="weights", disable=None) as progress:
             for rank in range(shards):
-                shard = {}
-                for row, meta, ours in expand(config):
-                    shard[meta] = _piece(tensors[ours].read(), row, config, rank, shards)
-                    progress.update(shard[meta].nbytes)
-                torch.save(shard, folder / f"consolidated.{rank:02d}.pth")
+                shapes = {
+                    meta: (_cut(tensors[ours].shape, row.cut, shards), tensors[ours].dtype)
+                    for row, meta, ours in layout
+                }
+                with PthWriter(folder / f"consolidated.{rank:02d}.pth", shapes) as writer:
+                    for row, meta, ours in layout:
+                        piece = _piece(tensors[ours].read(), row, config, rank, shards)
+                        writer.add(meta, piece)
+                        release_mapped_pages(source.files)
+                        sums.check()
+                        progress.update(piece.nbytes)
+                    writer.finish()
+        Manifest(folder, None).complete(sums.result())
     return f"written    {target}: {shards} shard(s), {num_bytes / 1e9:.2f} GB; tokenizer: {tokenizer_line}"
 
 
@@ -69,8 +85,11 @@ def _piece(whole: "torch.Tensor", row: Any, config: "LlamaReproConfig", rank: in
 
     if row.heads is not None:
         whole = to_interleaved(whole, getattr(config, row.heads))
-    # A copy: torch.save writes the whole storage of a view.
-    return whole if row.cut is None else whole.chunk(shards, dim=row.cut)[rank].clone()
+    return whole if row.cut is None else whole.chunk(shards, dim=row.cut)[rank]
+
+
+def _cut(shape: tuple[int, ...], dim: int | None, shards: int) -> tuple[int, ...]:
+    return tuple(size // shards if axis == dim else size for axis, size in enumerate(shape))
 
 
 def _check_exportable(config: "LlamaReproConfig", shards: int) -> None:

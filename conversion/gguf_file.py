@@ -69,6 +69,7 @@ def open_gguf(path: Path) -> Source:
         config=config,
         tensors={name: _stored(tensors[name], dtype) for name in shapes},
         tokenizer=path if "tokenizer.ggml.model" in reader.fields else None,
+        files={path: None},
     )
 
 

@@ -35,7 +35,7 @@ def open_hugging_face(folder: Path, *, dequantize: bool = False) -> Source:
                 f"{folder} is quantized ({described.get('quant_method')}){known}: "
                 "convert the 16- or 32-bit weights that it was made from"
             )
-    tensors = _tensors(folder, dequantize=bool(quantization))
+    tensors, files = _tensors(folder, dequantize=bool(quantization))
     dtype = fields.get("dtype") or fields.get("torch_dtype") or promoted(tensors.values())
     try:
         config = LlamaReproConfig(**{**architecture(fields), "dtype": dtype})
@@ -63,6 +63,7 @@ def open_hugging_face(folder: Path, *, dequantize: bool = False) -> Source:
         config=config,
         tensors={name: tensors[name] for name in shapes},
         tokenizer=folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None,
+        files=dict.fromkeys([folder / "config.json", *files]),
         generation_config=read_json(generation) if generation.is_file() else {},
         notes=notes,
     )
@@ -78,7 +79,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _tensors(folder: Path, *, dequantize: bool) -> dict[str, StoredTensor]:
+def _tensors(folder: Path, *, dequantize: bool) -> tuple[dict[str, StoredTensor], list[Path]]:
+    """The tensors, and the files that they are in."""
     for index_name, single_name, load in (
         ("model.safetensors.index.json", "model.safetensors", read_safetensors),
         ("pytorch_model.bin.index.json", "pytorch_model.bin", read_pytorch),
@@ -105,7 +107,7 @@ def _tensors(folder: Path, *, dequantize: bool) -> dict[str, StoredTensor]:
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES:
                 raise CheckpointError(f"{folder}: {name} is {tensor.dtype}, not a 16- or 32-bit float: quantized?")
-        return tensors
+        return tensors, [folder / file for file in files]
     raise CheckpointError(f"{folder} has config.json but no weights: neither model.safetensors nor pytorch_model.bin")
 
 

@@ -166,6 +166,7 @@ def merged_source(base: "Source", adapter: "Adapter", fitted: "Fit") -> "Source"
         base,
         tensors={name: tensors[name] for name in our_shapes(config)},
         tokenizer=tokenizer,
+        files={**base.files, **dict.fromkeys(adapter.files)},
         notes=(*notes, note) if note else notes,
     )
 

@@ -37,6 +37,8 @@ Shard = dict[str, torch.Tensor]
 _OPTIONAL_NUMBERS = ("n_kv_heads", "multiple_of", "ffn_dim_multiplier", "rope_theta", "head_dim", "max_seq_len")
 _FRACTIONS = ("norm_eps", "ffn_dim_multiplier", "rope_theta")
 _MAX_NUMBER = 10**12
+_ROWS_COMPARED = 1024
+"""Rows of two matrices that are compared together."""
 
 
 def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | None = None) -> Source:
@@ -45,7 +47,7 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
     Raises `CheckpointError` for missing, extra, truncated or foreign shards, and shapes that contradict params.json.
     """
     params = read_params(folder / "params.json")
-    paths = _shard_paths(folder)
+    paths = shard_paths(folder)
     shards = [load_shard(path) for path in paths]
     config_fields = _config_fields(params, shards, paths)
     context, reason = _context_length(params, shards, context_length, config_fields)
@@ -65,8 +67,9 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
         del tensors[OUTPUT]
 
     notes = [f"context of {context} tokens: {reason}"]
-    if num_files := _check_list(folder):
-        notes.append(f"md5 of {num_files} file{'s' if num_files > 1 else ''} as in {CHECKLIST}")
+    listed = _read_checklist(folder)
+    if listed:
+        notes.append(f"md5 of {len(listed)} file{'s' if len(listed) > 1 else ''} as in {CHECKLIST}")
     if drifted:
         notes.append(f"{drifted} norms differ in their last bit between the shards: those of {paths[0].name} are taken")
     if config.tie_word_embeddings:
@@ -82,6 +85,7 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
         config=config,
         tensors=tensors,
         tokenizer=tokenizer,
+        files={**dict.fromkeys([folder / "params.json", *paths]), **listed},
         chat=chat,
         token_ids_from_tokenizer=True,
         notes=tuple(notes),
@@ -135,7 +139,8 @@ def ffn_size(dim: int, multiple_of: int, ffn_dim_multiplier: float | None = None
     return multiple_of * ((size + multiple_of - 1) // multiple_of)
 
 
-def _shard_paths(folder: Path) -> list[Path]:
+def shard_paths(folder: Path) -> list[Path]:
+    """consolidated.NN.pth by rank. Raises `CheckpointError` where one is missing."""
     paths = sorted(path for path in folder.glob("consolidated.*.pth") if SHARD_NAME.fullmatch(path.name))
     expected = [f"consolidated.{rank:02d}.pth" for rank in range(len(paths))]
     if not paths:
@@ -345,25 +350,16 @@ def _check_copies(shards: list[Shard], paths: list[Path], rows: list[tuple[Tenso
     return len(drifted)
 
 
-def _check_list(folder: Path) -> int:
-    """Number of files that have the md5 which Meta's list gives them. Raises `CheckpointError` where one has not."""
+def _read_checklist(folder: Path) -> dict[Path, str | None]:
+    """File -> the md5 that Meta's list gives it. Raises `CheckpointError` where one is missing."""
     listing = folder / CHECKLIST
     text = listing.read_text(encoding="utf-8", errors="replace") if listing.is_file() else ""
-    named = re.findall(r"^([0-9a-f]{32})[ \t]+\*?(\S+)\s*$", text, re.MULTILINE)
-    for md5, name in named:
-        path = folder / name
-        if not path.is_file():
+    listed: dict[Path, str | None] = {}
+    for md5, name in re.findall(r"^([0-9a-f]{32})[ \t]+\*?(\S+)\s*$", text, re.MULTILINE):
+        if not (folder / name).is_file():
             raise CheckpointError(f"{listing} names {name}, which is not there: download it")
-        with path.open("rb") as file:
-            found = hashlib.md5(usedforsecurity=False)
-            while block := file.read(1 << 24):
-                found.update(block)
-        if found.hexdigest() != md5:
-            raise CheckpointError(
-                f"{path} has the md5 {found.hexdigest()}, but {CHECKLIST} says {md5}: download it again "
-                f"(or remove {CHECKLIST}, if you have changed the file yourself)"
-            )
-    return len(named)
+        listed[folder / name] = md5
+    return listed
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -376,8 +372,8 @@ def _joined(pieces: list[torch.Tensor], row: Tensor, config: LlamaReproConfig) -
         shape[row.cut] *= len(pieces)
 
     def read() -> torch.Tensor:
-        # A copy even of a single piece: norms share their storage with larger tensors.
-        whole = pieces[0].clone() if row.cut is None else torch.cat(pieces, dim=row.cut)
+        # A single piece as it lies in the file.
+        whole = pieces[0] if row.cut is None or len(pieces) == 1 else torch.cat(pieces, dim=row.cut)
         # Heads are reordered after joining: a cut may go through the middle of one.
         return whole if row.heads is None else to_half_split(whole, getattr(config, row.heads))
 
@@ -390,11 +386,12 @@ def _is_tied(embedding: list[torch.Tensor], output: list[torch.Tensor]) -> bool:
         return False
     start = 0
     for piece in output:  # rows of the output matrix, against the same rows of the embedding
-        rows = torch.cat([columns[start : start + 1] for columns in embedding], dim=1)
-        if not torch.equal(_bits(rows), _bits(piece[:1])):
-            return False
-        start += piece.shape[0]
-    return torch.equal(_bits(torch.cat(embedding, dim=1)), _bits(torch.cat(output)))
+        for rows in piece.split(_ROWS_COMPARED):
+            same = torch.cat([columns[start : start + len(rows)] for columns in embedding], dim=1)
+            if not torch.equal(_bits(same), _bits(rows)):
+                return False
+            start += len(rows)
+    return True
 
 
 def _tokenizer(folder: Path) -> Path | None:

@@ -42,6 +42,8 @@ class Source:
     """Our name -> tensor, in the order in which forward uses them; no output matrix when it is tied."""
     tokenizer: Path | None
     """What `convert_tokenizer` takes, if there is one."""
+    files: dict[Path, str | None]
+    """Every file that was read for it but the tokenizer's, and the md5 that it must have, where there is a list."""
     chat: bool = False
     """Whether this is a LLaMA 2 chat checkpoint."""
     token_ids_from_tokenizer: bool = False

@@ -4,61 +4,155 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from hf_llama_repro.errors import CheckpointError, failed_write
+from hf_llama_repro.mapped_pages import release_mapped_pages
 
-from .source import StoredTensor
+from .manifest import Manifest, unfinished
+from .safetensors_file import SafetensorsWriter
+from .source import Source, StoredTensor
 
 # Files by which a folder is known for a checkpoint, which --overwrite may replace.
 _CHECKPOINT_MARKS = ("config.json", "params.json")
 _DECIMAL = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_FINITE_BLOCK = 1 << 24
-"""Values looked at together, so that the mask of a large tensor stays small."""
+_BLOCK = 1 << 22
+"""Values looked at together, so that their copies stay in a core's cache or near it."""
+_RELEASED = 1 << 25
+"""Bytes that are read before mapped pages are let go of."""
 
 
 @contextlib.contextmanager
-def whole_or_nothing(target: Path, *sources: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
-    """Yields an empty folder beside `target`, which takes its name when the block ends, and is removed when it fails.
+def whole_or_nothing(
+    target: Path,
+    *sources: Path,
+    overwrite: bool,
+    num_bytes: int,
+    request: dict[str, Any] | None = None,
+    resume: bool | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Iterator[Path]:
+    """Yields a folder beside `target`, which takes its name when the block ends; it is empty, or is gone on with.
 
-    `num_bytes`: what is going to be written, to be told before it begins that the disk is too small.
-    Raises `CheckpointError` when `target` exists (with `overwrite`: when it is not a checkpoint), or is in a source.
+    Where the block fails the folder is removed. Where it is stopped, or the disk fills up, it stays if its manifest
+    names finished files; then `resume` True hands it over for the same `request` (what `Manifest` is given), False
+    begins anew, None refuses. `num_bytes`: what is going to be written, to be told before it begins that the disk is
+    too small. Raises `CheckpointError` when `target` exists (with `overwrite`: when it is not a checkpoint), or is in
+    a source, or is just being made by another process.
     """
     target = target.absolute()
+    partial, replaced = (target.parent / f".{target.name}.{state}" for state in ("partial", "replaced"))
+    _bring_back(replaced, target)
     _check_target(target, sources, overwrite=overwrite)
-    partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
-    replaced = partial.with_name(f"{partial.name}-replaced")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < num_bytes:
-            raise CheckpointError(f"{target} needs {num_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
-        partial.mkdir()
-        yield partial
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
+        with _alone(partial):
+            finished = _begin(partial, request, resume)
+            free = _check_space(partial, target, num_bytes - finished)
+            tell(f"space      {(num_bytes - finished) / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free")
+            try:
+                yield partial
+                _publish(partial, target, replaced)
+            except BaseException as error:
+                stopped = isinstance(error, KeyboardInterrupt) or failed_write(error) is not None
+                if not (stopped and unfinished(partial)):
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
     except CheckpointError:
         raise
     except Exception as error:
         if (reason := failed_write(error)) is None:
             raise
-        raise CheckpointError(f"{target} could not be written ({reason}); nothing is left of it") from error
+        left = (
+            f"what is finished is kept in {partial}: mend that, and go on with --resume"
+            if unfinished(partial)
+            else "nothing is left of it"
+        )
+        raise CheckpointError(f"{target} could not be written ({reason}); {left}") from error
+
+
+@contextlib.contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Makes the folder, and holds it against other processes as long as the block runs."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        partial.mkdir(exist_ok=True)
+        yield
+        return
+    partial.mkdir(exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = partial.exists() and os.path.samestat(os.fstat(handle), partial.stat())
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            raise CheckpointError(f"{partial} is being written by another process: wait for it, or stop it")
+        yield
     finally:
-        # Stopped between the two renames: the old folder comes back.
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        for folder in (partial, replaced):
-            shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _begin(partial: Path, request: dict[str, Any] | None, resume: bool | None) -> int:
+    """Bytes that are finished in the folder, which is otherwise emptied."""
+    left = unfinished(partial)
+    if left is not None and request is None:
+        raise CheckpointError(
+            f"{partial} holds {len(left['finished'])} finished files of an interrupted hf-llama-convert: "
+            "let that go on with --resume, or remove the folder"
+        )
+    if left is not None and resume is None:
+        raise CheckpointError(
+            f"{partial} holds {len(left['finished'])} finished files of an interrupted run: "
+            "go on with --resume, or begin anew with --no-resume"
+        )
+    if left is not None and request is not None and resume:
+        before = left["request"]
+        if differing := sorted(name for name in {*before, *request} if before.get(name) != request.get(name)):
+            raise CheckpointError(
+                f"{partial} was begun with another {', '.join(differing)}: go on with the same, "
+                "or begin anew with --no-resume"
+            )
+        return sum(entry["bytes"] for entry in left["finished"].values())
+    for path in partial.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return 0
+
+
+def _check_space(partial: Path, target: Path, num_bytes: int) -> int:
+    """Bytes that are free for it."""
+    free = shutil.disk_usage(partial).free
+    if free < num_bytes:
+        with contextlib.suppress(OSError):  # it stays if something finished is in it
+            partial.rmdir()
+        raise CheckpointError(f"{target} needs {num_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
+    return free
+
+
+def _publish(partial: Path, target: Path, replaced: Path) -> None:
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    try:
+        partial.rename(target)
+    finally:
+        _bring_back(replaced, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _bring_back(replaced: Path, target: Path) -> None:
+    """After a stop between the two renames the folder that was to be replaced gets its name again."""
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
 
 
 def _check_target(target: Path, sources: Iterable[Path], *, overwrite: bool) -> None:
@@ -90,27 +184,36 @@ class Written:
 
     num_parameters: int = 0
     num_bytes: int = 0
-    files: list[str] = field(default_factory=list)
+    """Of the values, without the files' headers."""
     num_cast: int = 0
     """Values that were cast to another dtype."""
     num_changed: int = 0
     """Values that the cast did not keep exactly."""
     nonfinite: dict[str, int] = field(default_factory=dict)
     """Tensor -> number of NaN and infinite values."""
+    files: list[str] = field(default_factory=list)
+
+    def add(self, shard: "Written") -> None:
+        for name, value in vars(shard).items():
+            mine = getattr(self, name)
+            setattr(self, name, {**mine, **value} if isinstance(value, dict) else mine + value)
 
 
 def write_weights(
-    folder: Path,
-    tensors: dict[str, StoredTensor],
+    source: Source,
+    manifest: Manifest,
     *,
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     allow_nonfinite: bool,
+    check: Callable[[], None] = lambda: None,
 ) -> Written:
-    """Writes model.safetensors, or numbered shards and their index; holds one shard in memory.
+    """Writes model.safetensors, or numbered shards and their index, into the manifest's folder, tensor by tensor.
 
-    `dtype` None keeps each tensor's own. Raises `CheckpointError` at the first NaN or infinite value, unless allowed.
+    `dtype` None keeps each tensor's own. Shards that the manifest has are left as they are. `check` is called after
+    each tensor, and may raise. Raises `CheckpointError` at the first NaN or infinite value, unless allowed.
     """
+    folder, tensors = manifest.path.parent, source.tensors
     shards = _plan({name: _target_bytes(tensor, dtype) for name, tensor in tensors.items()}, max_shard_bytes)
     written = Written()
     weight_map: dict[str, str] = {}
@@ -118,24 +221,43 @@ def write_weights(
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None) as progress:
         for number, names in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            content = {}
-            for name in names:
-                tensor = tensors[name]
-                content[name] = _checked(
-                    name, tensor.read(), dtype or tensor.dtype, written, allow_nonfinite=allow_nonfinite
-                )
-                progress.update(tensor.num_bytes)
-            save_file(content, folder / file, metadata={"format": "pt"})
-            # safetensors makes it readable by the owner only; as every other file, like the folder.
-            (folder / file).chmod(folder.stat().st_mode & 0o666)
-            written.files.append(file)
-            written.num_parameters += sum(tensor.numel() for tensor in content.values())
-            written.num_bytes += sum(tensor.nbytes for tensor in content.values())
             weight_map.update(dict.fromkeys(names, file))
+            if file not in manifest.finished:
+                content = {name: tensors[name] for name in names}
+                shard = Written(files=[file])
+                with SafetensorsWriter(
+                    folder / file, {name: (t.shape, dtype or t.dtype) for name, t in content.items()}
+                ) as writer:
+                    for name, tensor in _read_one_by_one(content, source.files):
+                        writer.add(
+                            name,
+                            _checked(
+                                name, tensor, dtype or content[name].dtype, shard, allow_nonfinite=allow_nonfinite
+                            ),
+                        )
+                        check()
+                        progress.update(content[name].num_bytes)
+                    sha256 = writer.finish()
+                manifest.finish(file, {"bytes": writer.num_bytes, "sha256": sha256, "written": asdict(shard)})
+            else:
+                progress.update(sum(tensors[name].num_bytes for name in names))
+            written.add(Written(**manifest.finished[file]["written"]))
     if len(shards) > 1:
         metadata = {"total_parameters": written.num_parameters, "total_size": written.num_bytes}
         write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
     return written
+
+
+def _read_one_by_one(tensors: dict[str, StoredTensor], files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Reads in order, and lets go of what was read before."""
+    resident = 0
+    for name, tensor in tensors.items():
+        yield name, tensor.read()
+        resident += tensor.num_bytes
+        if resident > _RELEASED:
+            release_mapped_pages(files)
+            resident = 0
+    release_mapped_pages(files)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -167,7 +289,8 @@ def _checked(
     name: str, tensor: torch.Tensor, dtype: torch.dtype, written: Written, *, allow_nonfinite: bool
 ) -> torch.Tensor:
     """The tensor in its target dtype; counts what is not finite and what the cast changed."""
-    nonfinite = sum(int((~block.isfinite()).sum()) for block in tensor.view(-1).split(_FINITE_BLOCK))
+    blocks = tensor.reshape(-1).split(_BLOCK)
+    nonfinite = sum(_num_nonfinite(block) for block in blocks)
     if nonfinite:
         written.nonfinite[name] = nonfinite
         if not allow_nonfinite:
@@ -175,13 +298,22 @@ def _checked(
                 f"{name} holds {nonfinite} NaN or infinite values of {tensor.numel()}: the checkpoint is damaged; "
                 "hf-llama-convert --allow-nonfinite converts it all the same"
             )
+    written.num_parameters += tensor.numel()
+    written.num_bytes += tensor.numel() * dtype.itemsize
     if dtype == tensor.dtype:
         return tensor
-    cast = tensor.to(dtype)
-    if overflown := int((~cast.isfinite()).sum()) - nonfinite:
+    cast = torch.empty(tensor.shape, dtype=dtype)
+    for block, target in zip(blocks, cast.view(-1).split(_BLOCK), strict=True):
+        target.copy_(block)
+        written.num_changed += int((target.to(block.dtype) != block).sum()) - int(block.isnan().sum())
+    if overflown := sum(_num_nonfinite(block) for block in cast.view(-1).split(_BLOCK)) - nonfinite:
         raise CheckpointError(
             f"{name} holds {overflown} values beyond the range of {dtype}: choose --dtype bfloat16 or float32"
         )
     written.num_cast += tensor.numel()
-    written.num_changed += int((cast.to(tensor.dtype) != tensor).sum()) - int(tensor.isnan().sum())
     return cast
+
+
+def _num_nonfinite(block: torch.Tensor) -> int:
+    """NaN and infinite values. A sum is one pass without a mask, and finite only if they all are."""
+    return 0 if block.sum(dtype=torch.float64).isfinite() else int((~block.isfinite()).sum())

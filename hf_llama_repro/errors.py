@@ -14,7 +14,7 @@ class CheckpointError(InputError):
     """What is wrong is a checkpoint: weights, configuration, tokenizer or adapter, read or about to be written."""
 
 
-def failed_write(error: Exception) -> str | None:
+def failed_write(error: BaseException) -> str | None:
     """Why writing failed, if that is what happened: each library that writes has an exception of its own for it."""
     from safetensors import SafetensorError
 

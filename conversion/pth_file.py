@@ -1,0 +1,106 @@
+"""Writes a file that `torch.load` opens, tensor by tensor: `torch.save` needs all of them in memory at once.
+
+The format is a zip archive without compression: data.pkl, a pickle that names storages, and data/0, data/1, …, their
+bytes, which begin at multiples of 64 so that they can be mapped.
+"""
+
+import pickle
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+_ALIGNMENT = 64
+_PADDING_FIELD = b"FB"  # the name that PyTorch gives the field of a zip header that holds nothing
+_LOCAL_HEADER, _ZIP64_FIELD, _FIELD_HEAD = 30, 20, 4  # bytes
+_BLOCK = 1 << 24
+_STORAGES: dict[torch.dtype, Any] = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+}
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    shape: tuple[int, ...]
+
+
+class PthWriter:
+    """An open .pth file that holds one dictionary of known shapes; tensors are added in the order of `layout`."""
+
+    def __init__(self, path: Path, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]):
+        self._prefix = path.stem
+        self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+        self._expected = [(str(key), name, *spec) for key, (name, spec) in enumerate(layout.items())]
+        self._record("data.pkl", _pickled(self._expected))
+        self._record(".format_version", b"1")
+        self._record(".storage_alignment", str(_ALIGNMENT).encode())
+        self._record("byteorder", sys.byteorder.encode())
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes the next tensor of the layout."""
+        key, expected, shape, dtype = self._expected.pop(0)
+        assert (name, tuple(tensor.shape), tensor.dtype) == (expected, shape, dtype), (name, tensor.shape, tensor.dtype)
+        self._record(f"data/{key}", tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def _record(self, name: str, content: bytes | memoryview) -> None:
+        entry = zipfile.ZipInfo(f"{self._prefix}/{name}")
+        entry.file_size = len(content)
+        assert self._zip.fp is not None
+        start = self._zip.fp.tell() + _LOCAL_HEADER + len(entry.filename) + _ZIP64_FIELD + _FIELD_HEAD
+        padding = -start % _ALIGNMENT
+        entry.extra = _PADDING_FIELD + struct.pack("<H", padding) + b"Z" * padding
+        with self._zip.open(entry, "w", force_zip64=True) as record:
+            for offset in range(0, len(content), _BLOCK):
+                record.write(content[offset : offset + _BLOCK])
+
+    def finish(self) -> None:
+        """Closes the file, all of whose tensors must have been added."""
+        assert not self._expected, self._expected[0]
+        self._record("version", b"3\n")
+        self._zip.close()
+
+    def __enter__(self) -> "PthWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._zip.fp is not None:
+            self._zip.close()
+
+
+def _pickled(entries: list[tuple[str, str, tuple[int, ...], torch.dtype]]) -> bytes:
+    """The dictionary, with each tensor as a reference to its storage."""
+    tensors = {
+        name: _Tensor(_Storage(key, dtype, torch.Size(shape).numel()), shape) for key, name, shape, dtype in entries
+    }
+    buffer = BytesIO()
+    _TensorPickler(buffer, protocol=2).dump(tensors)
+    return buffer.getvalue()
+
+
+class _TensorPickler(pickle.Pickler):
+    """Writes `_Tensor` and `_Storage` as PyTorch writes tensors and their storages."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, _Storage):
+            return "storage", _STORAGES[obj.dtype], obj.key, "cpu", obj.numel
+        return None
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, _Tensor):
+            return NotImplemented
+        strides = torch.empty(obj.shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (obj.storage, 0, obj.shape, strides, False, OrderedDict())

@@ -1,0 +1,347 @@
+"""Proves that a converted folder is its source: every weight, what the model computes, the tokenizer's ids.
+
+python -m conversion.verify SOURCE TARGET
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_llama_repro.command import run
+from hf_llama_repro.errors import CheckpointError
+
+# torch and transformers are imported where they are used, so that --help answers at once.
+if TYPE_CHECKING:
+    import torch
+
+    from .reference import MetaReference
+    from .source import Source, StoredTensor
+
+NUM_TOKENS = 256
+# Both sides compute in float32. Measured on right conversions: hidden states 1e-6 to 1e-5 relative, KL below 1e-9.
+MAX_HIDDEN, MAX_KL, MIN_TOP_1 = 1e-3, 1e-5, 0.99
+_ROWS = 1024
+"""Rows of a matrix compared together."""
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    passed: bool
+    found: str
+    """For people: what was compared, and where it parts."""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def verify(
+    source: Path,
+    target: Path,
+    *,
+    tokenizer: Path | None = None,
+    num_tokens: int = NUM_TOKENS,
+    layers: int | None = None,
+) -> list[Check]:
+    """Compares a converted folder with what it was made of, in the memory of one layer.
+
+    Of a Meta folder: the configuration, every weight, the hidden states and logits of `num_tokens` random tokens after
+    each of the first `layers` layers (None: all) by an implementation of its own, the tokenizer. Of another source:
+    the weights and the tokenizer. Raises `CheckpointError` for folders that cannot be read at all.
+    """
+    from hf_llama_repro.mapped_pages import release_mapped_pages
+
+    from .hugging_face import open_hugging_face
+    from .reference import MetaReference
+    from .source import open_source
+
+    is_meta = (source / "params.json").is_file()
+    # The context is not compared, and may not be told by the files.
+    opened = open_source(source, context_length=1 if is_meta else None)
+    written = open_hugging_face(target)
+    checks = []
+    if is_meta:
+        reference = MetaReference(source, _cast(opened, written))
+        checks.append(_configuration(reference, written))
+    checks.append(_weights(opened, written, reference if is_meta else None))
+    if is_meta and checks[0].figures["shapes_fit"]:
+        checks.append(_computed(reference, written, target, num_tokens, layers))
+    elif is_meta:
+        checks.append(Check("computation", False, "not run: the configuration asks for other shapes"))
+    checks.append(_tokenizer(tokenizer or opened.tokenizer, target))
+    release_mapped_pages([*opened.files, *written.files])
+    return checks
+
+
+def _cast(source: "Source", target: "Source") -> "torch.dtype | None":
+    """The dtype that the source was cast to, if it was."""
+    dtypes = {tensor.dtype for tensor in target.tensors.values()}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes != {t.dtype for t in source.tensors.values()} else None
+
+
+def _configuration(reference: "MetaReference", target: "Source") -> Check:
+    config = target.config
+    q, gate = (reference.pieces(f"layers.0.{name}") for name in ("attention.wq", "feed_forward.w1"))
+    expected = {
+        "vocab_size": reference.vocab_size,
+        "hidden_size": q[0].shape[1],
+        "intermediate_size": sum(len(piece) for piece in gate),
+        "num_hidden_layers": reference.num_layers,
+        "num_attention_heads": reference.num_heads,
+        "num_key_value_heads": reference.num_kv_heads,
+        "head_dim": sum(len(piece) for piece in q) // reference.num_heads,
+        "rms_norm_eps": reference.eps,
+        "rope_theta": reference.theta,
+    }
+    differing = {name: getattr(config, name) for name, value in expected.items() if getattr(config, name) != value}
+    told = ", ".join(f"{name} is {value}, not {expected[name]}" for name, value in differing.items())
+    return Check(
+        "configuration",
+        not differing,
+        told or f"{len(expected)} values are those of params.json",
+        {"differing": differing, "shapes_fit": not differing.keys() - {"rms_norm_eps", "rope_theta"}},
+    )
+
+
+def _weights(source: "Source", target: "Source", reference: "MetaReference | None") -> Check:
+    from tqdm import tqdm
+
+    from hf_llama_repro.mapped_pages import release_mapped_pages
+
+    from .keys import EMBEDDING, OUTPUT, expand
+    from .target import num_target_bytes
+
+    rows = {ours: (row, meta) for row, meta, ours in expand(source.config)}
+    # The output matrix may be tied on either side.
+    names = list(dict.fromkeys([*source.tensors, *target.tensors, *([] if reference is None else [OUTPUT])]))
+    differing: dict[str, int] = {}
+    num_values = num_cast = 0
+    total = num_target_bytes({name: target.tensors.get(name, target.tensors[EMBEDDING]) for name in names}, None)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="comparing weights", disable=None) as progress:
+        for name in names:
+            written = target.tensors.get(name, target.tensors[EMBEDDING]).read()
+            if reference is None:
+                expected = source.tensors.get(name, source.tensors[EMBEDDING]).read()
+            else:
+                row, meta = rows[name]
+                expected = _joined(reference.pieces(meta.removesuffix(".weight")), row.cut)
+                if row.heads is not None:
+                    written = written[_meta_order(len(written), getattr(target.config, row.heads))]
+            if found := _num_differing(expected, written):
+                differing[name] = found
+            num_values += written.numel()
+            num_cast += written.numel() * (written.dtype != expected.dtype)
+            release_mapped_pages([*source.files, *target.files])
+            progress.update(written.nbytes)
+    cast = f", after the cast of {num_cast:,} to {str(target.config.dtype).removeprefix('torch.')}" if num_cast else ""
+    told = ", ".join(f"{name} ({count:,})" for name, count in list(differing.items())[:_SHOWN])
+    return Check(
+        "weights",
+        not differing,
+        f"{len(differing)} of {len(names)} tensors differ (values): {told}"
+        if differing
+        else f"{num_values:,} values in {len(names)} tensors are bit for bit the source's{cast}",
+        {"values": num_values, "cast": num_cast, "differing": differing},
+    )
+
+
+def _joined(pieces: "list[torch.Tensor]", cut: int | None) -> "torch.Tensor":
+    import torch
+
+    return pieces[0] if cut is None or len(pieces) == 1 else torch.cat(pieces, dim=cut)
+
+
+def _meta_order(num_rows: int, heads: int) -> "torch.Tensor":
+    """Where in our matrix the rows of Meta's are: its row 2 i + half of a head is our row i of that half."""
+    import torch
+
+    row = torch.arange(num_rows)
+    head_dim = num_rows // heads
+    head, channel = row // head_dim, row % head_dim
+    return head * head_dim + channel % 2 * (head_dim // 2) + channel // 2
+
+
+def _num_differing(expected: "torch.Tensor", written: "torch.Tensor") -> int:
+    import torch
+
+    if expected.shape != written.shape:
+        return max(expected.numel(), written.numel())
+    count = 0
+    for one, other in zip(expected.split(_ROWS), written.split(_ROWS), strict=True):
+        one, other = (part.contiguous().view(torch.uint8) for part in (one.to(other.dtype), other))
+        if not torch.equal(one, other):
+            size = written.dtype.itemsize
+            count += int((one != other).view(-1, size).any(dim=-1).sum())
+    return count
+
+
+def _computed(reference: "MetaReference", target: "Source", folder: Path, num_tokens: int, layers: int | None) -> Check:
+    import torch
+    from tqdm import tqdm
+
+    from hf_llama_repro.mapped_pages import release_mapped_pages
+
+    num_layers = min(layers or reference.num_layers, reference.num_layers)
+    tokens = torch.randint(reference.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0))
+    hidden: list[float] = []
+    first = None
+    with torch.inference_mode():
+        ours = _states(folder, target, tokens, num_layers)
+        expected = reference.embedding(tokens)
+        for number in tqdm(range(-1, num_layers), desc="comparing layers", disable=None):
+            if number >= 0:
+                expected = reference.layer(number, expected)
+            hidden.append(_relative(next(ours), expected))
+            if first is None and not hidden[-1] <= MAX_HIDDEN:
+                first = "the embedding" if number < 0 else f"layer {number}"
+            release_mapped_pages([*reference.files, *target.files])
+        logits, wanted = next(ours), reference.logits(expected)
+        difference = float((logits - wanted).abs().max())
+        found, right = (values.double().log_softmax(dim=-1) for values in (logits, wanted))
+        kl = float((right.exp() * (right - found)).sum(dim=-1).mean())
+        top_1 = float((logits.argmax(dim=-1) == wanted.argmax(dim=-1)).float().mean())
+    if first is None and not (kl <= MAX_KL and top_1 >= MIN_TOP_1):
+        first = "the output matrix"
+    figures = {
+        "tokens": num_tokens,
+        "layers": num_layers,
+        "hidden_relative": hidden,
+        "logits_max_difference": difference,
+        "logits_max": float(wanted.abs().max()),
+        "kl_mean": kl,
+        "top_1_agreement": top_1,
+        "parts_at": first,
+    }
+    told = (
+        f"{num_tokens} tokens, {num_layers} layers: hidden states within {max(hidden):.1e}, logits of up to "
+        f"{figures['logits_max']:.1f} within {difference:.1e}, mean KL {kl:.1e}, top-1 {top_1:.1%}"
+    )
+    return Check("computation", first is None, told if first is None else f"parts at {first}; {told}", figures)
+
+
+def _relative(found: "torch.Tensor", expected: "torch.Tensor") -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def _states(folder: Path, target: "Source", tokens: "torch.Tensor", num_layers: int) -> "Iterator[torch.Tensor]":
+    """transformers' model of the folder: hidden states before the layers, after each, and the logits, in float32.
+
+    Each layer is in memory only while it runs.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .keys import EMBEDDING, OUTPUT
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tensors = target.tensors
+    x = tensors[EMBEDDING].read()[tokens].float()[None]
+    yield x[0]
+    positions = torch.arange(len(tokens))[None]
+    turns = type(model.model.rotary_emb)(config)(x, positions)
+    for number in range(num_layers):
+        layer = model.model.layers[number]
+        _fill(layer, f"model.layers.{number}.", tensors)
+        x = layer(x, position_embeddings=turns, position_ids=positions, attention_mask=None)
+        layer.to("meta")
+        yield x[0]
+    _fill(model.model.norm, "model.norm.", tensors)
+    normed = model.model.norm(x)[0]
+    output = tensors[OUTPUT if OUTPUT in tensors else EMBEDDING].read()
+    yield torch.cat([normed @ rows.float().T for rows in output.split(_ROWS)], dim=-1)
+
+
+def _fill(module: Any, prefix: str, tensors: "dict[str, StoredTensor]") -> None:
+    content = {
+        name.removeprefix(prefix): stored.read().float() for name, stored in tensors.items() if name.startswith(prefix)
+    }
+    module.load_state_dict(content, assign=True)
+
+
+def _tokenizer(source: Path | None, target: Path) -> Check:
+    from transformers import AutoTokenizer
+
+    from .tokenizer import AWKWARD_TEXTS
+
+    if not (target / "tokenizer.json").is_file():
+        return Check("tokenizer", source is None, "none" if source is None else f"{target} has none, the source has")
+    if source is None:
+        return Check("tokenizer", False, "the source has none to compare with: name one by --tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    expected = _source_ids(source, tokenizer)
+    if expected is None:
+        return Check("tokenizer", True, f"{source} is not compared: neither SentencePiece nor Hugging Face")
+    differing = [text for text, ids in zip(AWKWARD_TEXTS, expected, strict=True) if tokenizer(text).input_ids != ids]
+    told = (
+        f"{len(differing)} of {len(AWKWARD_TEXTS)} texts have other ids, the first {differing[0][:60]!r}"
+        if differing
+        else (f"ids of {len(AWKWARD_TEXTS)} awkward texts are the source's")
+    )
+    return Check("tokenizer", not differing, told, {"texts": len(AWKWARD_TEXTS), "differing": differing})
+
+
+def _source_ids(source: Path, tokenizer: Any) -> list[list[int]] | None:
+    """Ids of the awkward texts, with the special tokens that the target puts around every text."""
+    from tokenizers import Tokenizer
+
+    from .tokenizer import AWKWARD_TEXTS
+
+    if source.suffix == ".model":
+        from sentencepiece import SentencePieceProcessor
+
+        processor = SentencePieceProcessor(model_file=str(source))
+        return [[processor.bos_id(), *ids] for ids in processor.encode(list(AWKWARD_TEXTS))]
+    file = source / "tokenizer.json" if source.is_dir() else source
+    if file.name != "tokenizer.json" or not file.is_file():
+        return None
+    raw = Tokenizer.from_file(str(file))
+    raw.encode_special_tokens = tokenizer.split_special_tokens
+    return [raw.encode(text).ids for text in AWKWARD_TEXTS]
+
+
+def table(checks: list[Check]) -> str:
+    return "\n".join(f"{'ok' if check.passed else 'FAILED':10} {check.name:14} {check.found}" for check in checks)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-llama-verify",
+        description="Prove that a converted folder is its source: weights, computation, tokenizer.",
+        epilog="Exit code 0: it is; 1: it is not, and the table says where; 2: something cannot be read.",
+    )
+    parser.add_argument("source", type=Path, help="Meta folder, Hugging Face Llama folder, or .gguf file")
+    parser.add_argument("target", type=Path, help="folder that was made of it")
+    parser.add_argument("--tokens", dest="num_tokens", type=int, default=NUM_TOKENS, metavar="N", help="to run (256)")
+    parser.add_argument("--layers", type=int, metavar="N", help="to run (all)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model that was used")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = vars(build_parser().parse_args(argv))
+    json_file = arguments.pop("json")
+    failed: list[Check] = []
+
+    def work() -> None:
+        for name in ("num_tokens", "layers"):
+            if arguments[name] is not None and arguments[name] < 1:
+                raise CheckpointError(f"--{name.removeprefix('num_')} {arguments[name]}: at least 1")
+        checks = verify(**arguments)
+        print(table(checks))
+        if json_file:
+            json_file.write_text(json.dumps([asdict(check) for check in checks], indent=2) + "\n", encoding="utf-8")
+        failed.extend(check for check in checks if not check.passed)
+
+    return run(work, interrupted="nothing was found out") or int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
