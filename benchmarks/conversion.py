@@ -194,7 +194,7 @@ def main() -> int:
         size, seconds, peak = results[LARGEST]["bytes"], load["seconds"], load["peak"]
         print(f"loading {LARGEST}, {how}: {seconds:.0f} s, {peak / 1e9:.2f} GB, {peak / size:.2f} times the file")
     shutil.rmtree(arguments.folder)
-    draw(results, ROOT / "docs" / "conversion.png")
+    draw({name: result for name, result in results.items() if name.startswith("7B")}, ROOT / "docs" / "conversion.png")
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine(), "runs": results}, indent=2))
     for name, result in results.items():
