@@ -160,25 +160,13 @@ def new_folder(
     is left, but for the finished files of a `resumable` folder that was interrupted.
     """
     from .manifest import Manifest
-    from .model_card import made_by
     from .sums import summed
     from .target import num_target_bytes, whole_or_nothing, write_weights
 
     config = opened.config
     config.dtype = dtype or config.dtype
-    request = {
-        "source": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in opened.files],
-        "options": [
-            model_type,
-            str(dtype),
-            max_shard_bytes,
-            allow_nonfinite,
-            str(opened.tokenizer),
-            opened.chat,
-            config.max_position_embeddings,
-        ],
-        "version of hf-llama-repro": made_by("hf-llama-convert"),
-    }
+    options = [model_type, str(dtype), max_shard_bytes, allow_nonfinite]
+    request = _request(opened, options) if resumable else None
     num_bytes = num_target_bytes(opened.tensors, dtype)
     files = dict(opened.files)
     if opened.tokenizer is not None and opened.tokenizer.is_file():
@@ -189,13 +177,13 @@ def new_folder(
             *sources,
             overwrite=overwrite,
             num_bytes=num_bytes,
-            request=request if resumable else None,
+            request=request,
             resume=resume,
             tell=tell,
         ) as folder,
         summed(files) as sums,
     ):
-        manifest = Manifest(folder, request if resumable else None)
+        manifest = Manifest(folder, request)
         # The tokenizer first: it may be refused, and that is better known before hours of writing.
         tokenizer_line = "none" if opened.tokenizer is None else _write_tokenizer(opened.tokenizer, folder, opened)
         written = write_weights(
@@ -211,6 +199,17 @@ def new_folder(
         source_sums = sums.result()
         yield folder, Conversion(target, opened, config, written, tokenizer_line, dtype_line(written, config))
         manifest.complete(source_sums)
+
+
+def _request(opened: "Source", options: list[Any]) -> dict[str, Any]:
+    """What must be the same where an interrupted conversion is gone on with."""
+    from .model_card import made_by
+
+    return {
+        "source": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in opened.files],
+        "options": [*options, str(opened.tokenizer), opened.chat, opened.config.max_position_embeddings],
+        "version of hf-llama-repro": made_by("hf-llama-convert"),
+    }
 
 
 def _write_tokenizer(tokenizer: Path, folder: Path, opened: "Source") -> str:

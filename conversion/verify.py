@@ -119,11 +119,13 @@ def _weights(source: "Source", target: "Source", reference: "MetaReference | Non
     rows = {ours: (row, meta) for row, meta, ours in expand(source.config)}
     # The output matrix may be tied on either side.
     names = list(dict.fromkeys([*source.tensors, *target.tensors, *([] if reference is None else [OUTPUT])]))
-    differing: dict[str, int] = {}
+    # What the source does not have at all: more layers, biases.
+    extra = [name for name in target.tensors if name not in {*source.tensors, OUTPUT}]
+    differing = {name: target.tensors[name].num_bytes // target.tensors[name].dtype.itemsize for name in extra}
     num_values = num_cast = 0
     total = num_target_bytes({name: target.tensors.get(name, target.tensors[EMBEDDING]) for name in names}, None)
     with tqdm(total=total, unit="B", unit_scale=True, desc="comparing weights", disable=None) as progress:
-        for name in names:
+        for name in (name for name in names if name not in differing):
             written = target.tensors.get(name, target.tensors[EMBEDDING]).read()
             if reference is None:
                 expected = source.tensors.get(name, source.tensors[EMBEDDING]).read()
@@ -271,7 +273,7 @@ def _tokenizer(source: Path | None, target: Path) -> Check:
     from .tokenizer import AWKWARD_TEXTS
 
     if not (target / "tokenizer.json").is_file():
-        return Check("tokenizer", source is None, "none" if source is None else f"{target} has none, the source has")
+        return Check("tokenizer", True, "the folder has none, there is nothing to compare")
     if source is None:
         return Check("tokenizer", False, "the source has none to compare with: name one by --tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(target)

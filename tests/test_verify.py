@@ -187,6 +187,21 @@ def test_another_model_is_not_run(converted, tmp_path):
     assert "not run" in checks["computation"].found
 
 
+def test_a_model_of_more_layers_is_named(converted, tmp_path):
+    _, right = converted
+    shallow = meta_params(n_layers=2, **HEADS["9/3"])
+    source = write_meta(tmp_path / "meta", shallow, meta_weights(shallow))
+    checks = failed(verify(source, right))
+    assert "num_hidden_layers is 3, not 2" in checks["configuration"].found
+    assert "model.layers.2.self_attn.q_proj.weight" in checks["weights"].figures["differing"]
+
+
+def test_a_folder_that_was_to_have_no_tokenizer_is_right(tmp_path):
+    source = source_folder(tmp_path / "meta")
+    conversion = convert(source, tmp_path / "ours", with_tokenizer=False, verify=True)
+    assert "tokenizer: the folder has none, there is nothing to compare" in conversion.checks
+
+
 def test_a_shifted_tokenizer_is_named(converted, tmp_path, capsys):
     source, right = converted
     shutil.copytree(right, tmp_path / "ours")
