@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .source import Source, StoredTensor
 
 NUM_TOKENS = 256
-# Both sides compute in float32. Measured on right conversions: hidden states 1e-6 to 1e-5 relative, KL below 1e-9.
+# Both sides compute in float32. A right conversion of 4 layers of 7B, random: 2e-6 relative, KL 2e-12; the tests hold
+# small models to 1e-5 and 1e-8.
 MAX_HIDDEN, MAX_KL, MIN_TOP_1 = 1e-3, 1e-5, 0.99
 _ROWS = 1024
 """Rows of a matrix compared together."""
