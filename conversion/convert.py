@@ -192,7 +192,7 @@ def new_folder(
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             allow_nonfinite=allow_nonfinite,
-            check=sums.check,
+            advance=sums.advance,
         )
         _write_configuration(folder, config, model_type)
         _write_generation_config(folder, opened)
@@ -250,7 +250,7 @@ def _write_configuration(folder: Path, config: "LlamaReproConfig", model_type: s
     import shutil
 
     import hf_llama_repro
-    from hf_llama_repro.modeling_llama_repro import AUTO_MAP
+    from hf_llama_repro.configuration_llama_repro import AUTO_MAP
 
     for name in ("configuration_llama_repro.py", "modeling_llama_repro.py"):
         shutil.copyfile(Path(hf_llama_repro.__file__).parent / name, folder / name)

@@ -4,7 +4,9 @@ python -m conversion.export MODEL TARGET --shards 2
 """
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +33,15 @@ def export(
     with_tokenizer: bool = True,
     context_length: int | None = None,
     overwrite: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> str:
     """Writes `target` from whatever `open_source` opens, whole or not at all; returns a line that says what.
 
-    The dtype is kept. Raises `CheckpointError` when Meta's layout cannot hold the model, or not in so many shards.
+    The dtype is kept; in memory are two tensors at a time. `tell` is given a line on the space needed, before anything
+    is written. Raises `CheckpointError` when Meta's layout cannot hold the model, or not in so many shards.
     """
-    from tqdm import tqdm
-
-    from hf_llama_repro.mapped_pages import release_mapped_pages
-
-    from .keys import EMBEDDING, OUTPUT, expand
+    from .keys import EMBEDDING, OUTPUT
     from .manifest import Manifest
-    from .pth_file import PthWriter
     from .source import open_source, promoted
     from .sums import summed
     from .target import num_target_bytes, whole_or_nothing, write_json
@@ -55,37 +54,54 @@ def export(
     # Meta's layout has no tied weights: the embedding is written as the output matrix too.
     tensors = source.tensors if OUTPUT in source.tensors else {**source.tensors, OUTPUT: source.tensors[EMBEDDING]}
     num_bytes = num_target_bytes(tensors, None)
-    layout = expand(config)
     with (
-        whole_or_nothing(target, model, overwrite=overwrite, num_bytes=num_bytes) as folder,
+        whole_or_nothing(target, model, overwrite=overwrite, num_bytes=num_bytes, tell=tell) as folder,
         summed(source.files) as sums,
     ):
         tokenizer_line = _write_tokenizer(source, folder) if with_tokenizer else "none"
         write_json(folder / "params.json", params(config, has_tokenizer_model=(folder / "tokenizer.model").is_file()))
-        with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="weights", disable=None) as progress:
-            for rank in range(shards):
-                shapes = {
-                    meta: (_cut(tensors[ours].shape, row.cut, shards), tensors[ours].dtype)
-                    for row, meta, ours in layout
-                }
-                with PthWriter(folder / f"consolidated.{rank:02d}.pth", shapes) as writer:
-                    for row, meta, ours in layout:
-                        piece = _piece(tensors[ours].read(), row, config, rank, shards)
-                        writer.add(meta, piece)
-                        release_mapped_pages(source.files)
-                        sums.check()
-                        progress.update(piece.nbytes)
-                    writer.finish()
+        _write_shards(folder, tensors, source, shards, sums.advance)
         Manifest(folder, None).complete(sums.result())
     return f"written    {target}: {shards} shard(s), {num_bytes / 1e9:.2f} GB; tokenizer: {tokenizer_line}"
 
 
-def _piece(whole: "torch.Tensor", row: Any, config: "LlamaReproConfig", rank: int, shards: int) -> "torch.Tensor":
+def _write_shards(
+    folder: Path, tensors: dict[str, Any], source: "Source", shards: int, advance: Callable[[float], None]
+) -> None:
+    """Writes all shards side by side, so that each tensor is read once. `advance` is told what share is done."""
+    from tqdm import tqdm
+
+    from hf_llama_repro.mapped_pages import release_mapped_pages
+
+    from .keys import expand
+    from .pth_file import PthWriter
+
+    layout = expand(source.config)
+    shapes = {meta: (_cut(tensors[ours].shape, row.cut, shards), tensors[ours].dtype) for row, meta, ours in layout}
+    total, done = sum(tensors[ours].num_bytes for _, _, ours in layout), 0
+    with (
+        contextlib.ExitStack() as stack,
+        tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None) as progress,
+    ):
+        paths = [folder / f"consolidated.{rank:02d}.pth" for rank in range(shards)]
+        writers = [stack.enter_context(PthWriter(path, shapes)) for path in paths]
+        for row, meta, ours in layout:
+            for writer, piece in zip(writers, _pieces(tensors[ours].read(), row, source.config, shards), strict=True):
+                writer.add(meta, piece)
+            release_mapped_pages(source.files)
+            done += tensors[ours].num_bytes
+            progress.update(tensors[ours].num_bytes)
+            advance(done / total)
+        for writer in writers:
+            writer.finish()
+
+
+def _pieces(whole: "torch.Tensor", row: Any, config: "LlamaReproConfig", shards: int) -> "tuple[torch.Tensor, ...]":
     from .keys import to_interleaved
 
     if row.heads is not None:
         whole = to_interleaved(whole, getattr(config, row.heads))
-    return whole if row.cut is None else whole.chunk(shards, dim=row.cut)[rank]
+    return (whole,) * shards if row.cut is None else whole.chunk(shards, dim=row.cut)
 
 
 def _cut(shape: tuple[int, ...], dim: int | None, shards: int) -> tuple[int, ...]:
@@ -176,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    return run(lambda: print(export(**vars(arguments))))
+    return run(lambda: print(export(**vars(arguments), tell=print)))
 
 
 if __name__ == "__main__":

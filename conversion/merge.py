@@ -6,7 +6,7 @@ python -m conversion.merge ADAPTER TARGET
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -69,11 +69,12 @@ def merge(
     max_shard_size: str = "5GB",
     force: bool = False,
     overwrite: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Merge:
     """Writes `target` from a base and a LoRA adapter for it, whole, checked, or not at all.
 
-    `base`: the folder of the base, where adapter_config.json does not name it. `model_type`, `dtype` and
-    `max_shard_size` as in `convert`. `force` merges an int8 base and an adapter that was never trained.
+    `base`: the folder of the base, where adapter_config.json does not name it. `model_type`, `dtype`,
+    `max_shard_size` and `tell` as in `convert`. `force` merges an int8 base and an adapter that was never trained.
     Raises `CheckpointError`; base and adapter are never changed.
     """
     import torch
@@ -104,6 +105,7 @@ def merge(
             max_shard_bytes=max_shard_bytes,
             allow_nonfinite=False,
             overwrite=overwrite,
+            tell=tell,
         ) as (folder, conversion):
             if (adapter / TEMPLATE_FILE).is_file():
                 (folder / TEMPLATE_FILE).write_bytes((adapter / TEMPLATE_FILE).read_bytes())
@@ -397,7 +399,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    return run(lambda: print("\n".join(merge(**vars(arguments)).lines())))
+    return run(lambda: print("\n".join(merge(**vars(arguments), tell=print).lines())))
 
 
 if __name__ == "__main__":

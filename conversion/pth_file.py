@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .page_cache import StreamedFile
+
 _ALIGNMENT = 64
 _PADDING_FIELD = b"FB"  # the name that PyTorch gives the field of a zip header that holds nothing
 _LOCAL_HEADER, _ZIP64_FIELD, _FIELD_HEAD = 30, 20, 4  # bytes
@@ -43,7 +45,8 @@ class PthWriter:
 
     def __init__(self, path: Path, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]):
         self._prefix = path.stem
-        self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+        self._file = StreamedFile(path)
+        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
         self._expected = [(str(key), name, *spec) for key, (name, spec) in enumerate(layout.items())]
         self._record("data.pkl", _pickled(self._expected))
         self._record(".format_version", b"1")
@@ -72,13 +75,14 @@ class PthWriter:
         assert not self._expected, self._expected[0]
         self._record("version", b"3\n")
         self._zip.close()
+        self._file.close()
 
     def __enter__(self) -> "PthWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._zip.fp is not None:
-            self._zip.close()
+        self._zip.close()
+        self._file.close()
 
 
 def _pickled(entries: list[tuple[str, str, tuple[int, ...], torch.dtype]]) -> bytes:

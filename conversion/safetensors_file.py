@@ -5,8 +5,11 @@ import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
+
+from .page_cache import StreamedFile
 
 # The format's names (github.com/huggingface/safetensors, README).
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -23,9 +26,9 @@ class SafetensorsWriter:
     def __init__(self, path: Path, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]):
         self._expected = list(layout.items())
         self._sha256 = hashlib.sha256()
-        self._file = path.open("wb")
-        self._worker = ThreadPoolExecutor(max_workers=1)
-        self._pending: Future[None] | None = None
+        self._file = StreamedFile(path)
+        self._workers = ThreadPoolExecutor(max_workers=2)
+        self._pending: list[Future[Any]] = []
         self.num_bytes = 0
         self._write(_header(layout))
 
@@ -33,19 +36,16 @@ class SafetensorsWriter:
         """Writes the next tensor of the layout."""
         expected, (shape, dtype) = self._expected.pop(0)
         assert (name, tuple(tensor.shape), tensor.dtype) == (expected, shape, dtype), (name, tensor.shape, tensor.dtype)
-        self._wait()
-        content = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-        self._pending = self._worker.submit(self._write, content)
+        self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def _write(self, content: bytes | memoryview) -> None:
-        self._sha256.update(content)
-        self._file.write(content)
+        self._wait()
+        self._pending = [self._workers.submit(take, content) for take in (self._sha256.update, self._file.write)]
         self.num_bytes += len(content)
 
     def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        for taken in self._pending:
+            taken.result()
 
     def finish(self) -> str:
         """Closes the file, all of whose tensors must have been added; its sha256."""
@@ -60,7 +60,7 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._workers.shutdown(wait=True, cancel_futures=True)
         self._file.close()
 
 

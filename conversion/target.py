@@ -16,7 +16,7 @@ from tqdm import tqdm
 from hf_llama_repro.errors import CheckpointError, failed_write
 from hf_llama_repro.mapped_pages import release_mapped_pages
 
-from .manifest import Manifest, unfinished
+from .manifest import MANIFEST, Manifest, unfinished
 from .safetensors_file import SafetensorsWriter
 from .source import Source, StoredTensor
 
@@ -103,8 +103,9 @@ def _alone(partial: Path) -> Iterator[None]:
 
 
 def _begin(partial: Path, request: dict[str, Any] | None, resume: bool | None) -> int:
-    """Bytes that are finished in the folder, which is otherwise emptied."""
+    """Bytes that are finished in the folder, from which all else is removed."""
     left = unfinished(partial)
+    kept: dict[str, int] = {}
     if left is not None and request is None:
         raise CheckpointError(
             f"{partial} holds {len(left['finished'])} finished files of an interrupted hf-llama-convert: "
@@ -122,10 +123,11 @@ def _begin(partial: Path, request: dict[str, Any] | None, resume: bool | None) -
                 f"{partial} was begun with another {', '.join(differing)}: go on with the same, "
                 "or begin anew with --no-resume"
             )
-        return sum(entry["bytes"] for entry in left["finished"].values())
+        kept = {MANIFEST: 0, **{name: entry["bytes"] for name, entry in left["finished"].items()}}
     for path in partial.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return 0
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return sum(kept.values())
 
 
 def _check_space(partial: Path, target: Path, num_bytes: int) -> int:
@@ -206,46 +208,71 @@ def write_weights(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     allow_nonfinite: bool,
-    check: Callable[[], None] = lambda: None,
+    advance: Callable[[float], None] = lambda share: None,
 ) -> Written:
     """Writes model.safetensors, or numbered shards and their index, into the manifest's folder, tensor by tensor.
 
-    `dtype` None keeps each tensor's own. Shards that the manifest has are left as they are. `check` is called after
-    each tensor, and may raise. Raises `CheckpointError` at the first NaN or infinite value, unless allowed.
+    `dtype` None keeps each tensor's own. Shards that the manifest has are left as they are. `advance` is told after
+    each tensor what share is done, and may raise. Raises `CheckpointError` at the first NaN or infinite value, unless
+    allowed.
     """
     folder, tensors = manifest.path.parent, source.tensors
     shards = _plan({name: _target_bytes(tensor, dtype) for name, tensor in tensors.items()}, max_shard_bytes)
     written = Written()
     weight_map: dict[str, str] = {}
-    total = sum(tensor.num_bytes for tensor in tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None) as progress:
+    total, done = sum(tensor.num_bytes for tensor in tensors.values()), 0
+
+    def step(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress.update(num_bytes)
+        advance(done / total)
+
+    with _one_thread(), tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None) as progress:
         for number, names in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             weight_map.update(dict.fromkeys(names, file))
-            if file not in manifest.finished:
-                content = {name: tensors[name] for name in names}
-                shard = Written(files=[file])
-                with SafetensorsWriter(
-                    folder / file, {name: (t.shape, dtype or t.dtype) for name, t in content.items()}
-                ) as writer:
-                    for name, tensor in _read_one_by_one(content, source.files):
-                        writer.add(
-                            name,
-                            _checked(
-                                name, tensor, dtype or content[name].dtype, shard, allow_nonfinite=allow_nonfinite
-                            ),
-                        )
-                        check()
-                        progress.update(content[name].num_bytes)
-                    sha256 = writer.finish()
-                manifest.finish(file, {"bytes": writer.num_bytes, "sha256": sha256, "written": asdict(shard)})
+            content = {name: tensors[name] for name in names}
+            if file in manifest.finished:
+                step(sum(tensor.num_bytes for tensor in content.values()))
             else:
-                progress.update(sum(tensors[name].num_bytes for name in names))
+                entry = _write_shard(folder / file, content, source.files, dtype, allow_nonfinite, step)
+                manifest.finish(file, entry)
             written.add(Written(**manifest.finished[file]["written"]))
     if len(shards) > 1:
         metadata = {"total_parameters": written.num_parameters, "total_size": written.num_bytes}
         write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
     return written
+
+
+def _write_shard(
+    path: Path,
+    content: dict[str, StoredTensor],
+    sources: Iterable[Path],
+    dtype: torch.dtype | None,
+    allow_nonfinite: bool,
+    step: Callable[[int], None],
+) -> dict[str, Any]:
+    """Writes a file of weights; its entry in the manifest. `step` is told the bytes of each tensor."""
+    shard = Written(files=[path.name])
+    layout = {name: (tensor.shape, dtype or tensor.dtype) for name, tensor in content.items()}
+    with SafetensorsWriter(path, layout) as writer:
+        for name, tensor in _read_one_by_one(content, sources):
+            writer.add(name, _checked(name, tensor, layout[name][1], shard, allow_nonfinite=allow_nonfinite))
+            step(content[name].num_bytes)
+        sha256 = writer.finish()
+    return {"bytes": writer.num_bytes, "sha256": sha256, "written": asdict(shard)}
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch computes in one thread: sums and writing keep the other cores busy, and its own threads wait spinning."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _read_one_by_one(tensors: dict[str, StoredTensor], files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -315,5 +342,5 @@ def _checked(
 
 
 def _num_nonfinite(block: torch.Tensor) -> int:
-    """NaN and infinite values. A sum is one pass without a mask, and finite only if they all are."""
-    return 0 if block.sum(dtype=torch.float64).isfinite() else int((~block.isfinite()).sum())
+    """NaN and infinite values. Their extremes are one pass at the speed of memory, and NaN where one value is."""
+    return 0 if torch.stack(block.aminmax()).isfinite().all() else int((~block.isfinite()).sum())

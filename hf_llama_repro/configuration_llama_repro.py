@@ -31,6 +31,14 @@ ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
 
 DEFAULT_ROPE_THETA = 10000.0
 
+# Auto class -> file and class, for folders that carry this code. Not the other heads: they build their base model by
+# AutoModel, which knows it only where the package is installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_llama_repro.LlamaReproConfig",
+    "AutoModel": "modeling_llama_repro.LlamaReproModel",
+    "AutoModelForCausalLM": "modeling_llama_repro.LlamaReproForCausalLM",
+}
+
 _LLAMA_1 = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "dtype": "float16"}
 _LLAMA_2 = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
 _7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}

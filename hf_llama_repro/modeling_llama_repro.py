@@ -32,7 +32,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_llama_repro import LlamaReproConfig
+from .configuration_llama_repro import AUTO_MAP, LlamaReproConfig
 
 
 class LlamaReproRMSNorm(nn.Module):
@@ -221,15 +221,6 @@ class LlamaReproDecoderLayer(GradientCheckpointingLayer):
         attn_output, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-# Auto class -> file and class, for folders that carry this code. Not the other heads: they build their base model by
-# AutoModel, which knows it only where the package is installed.
-AUTO_MAP = {
-    "AutoConfig": "configuration_llama_repro.LlamaReproConfig",
-    "AutoModel": "modeling_llama_repro.LlamaReproModel",
-    "AutoModelForCausalLM": "modeling_llama_repro.LlamaReproForCausalLM",
-}
 
 
 class LlamaReproPreTrainedModel(PreTrainedModel):
@@ -521,7 +512,6 @@ class LlamaReproForQuestionAnswering(GenericForQuestionAnswering, LlamaReproPreT
 
 
 __all__ = [
-    "AUTO_MAP",
     "LlamaReproForCausalLM",
     "LlamaReproForQuestionAnswering",
     "LlamaReproForSequenceClassification",

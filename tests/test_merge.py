@@ -233,7 +233,8 @@ def test_lines_and_card_say_what_was_done(tmp_path, base, adapter, capsys):
     assert main([str(adapter), str(tmp_path / "ours")]) == 0
     output = capsys.readouterr()
     assert output.err == ""
-    lines = output.out.splitlines()
+    space, *lines = output.out.splitlines()
+    assert space.startswith("space ")
     assert [line.split()[0] for line in lines] == (
         ["source", "adapter", "tokenizer", "weights", "checked", "checked", "written"]
     )

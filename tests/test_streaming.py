@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from safetensors.torch import load_file
 
 from conversion import convert as command
 from conversion import safetensors_file
+from conversion import sums as sums_module
 from conversion import target as target_module
 from conversion.convert import convert
 from conversion.export import export
@@ -32,6 +35,7 @@ from conversion.keys import expand, our_shapes, sizes
 from conversion.manifest import MANIFEST
 from conversion.pth_file import PthWriter
 from conversion.safetensors_file import SafetensorsWriter
+from conversion.source import open_source
 from hf_llama_repro import LlamaReproConfig
 from hf_llama_repro.errors import CheckpointError
 
@@ -155,6 +159,45 @@ def test_a_file_that_the_checklist_knows_otherwise_is_named(meta, tmp_path, func
     assert not list(tmp_path.glob(".*"))
 
 
+def test_sums_wait_for_the_weights(tmp_path, monkeypatch):
+    # Files beyond memory would otherwise be read from the disk twice.
+    monkeypatch.setattr(sums_module, "BLOCK", 1 << 12)
+    monkeypatch.setattr(sums_module, "_AHEAD", 1 << 13)
+    paths = [tmp_path / name for name in ("a", "b", "empty")]
+    for path, num_bytes in zip(paths, (1 << 16, 1 << 15, 0), strict=True):
+        path.write_bytes(os.urandom(num_bytes))
+    with sums_module.summed(dict.fromkeys(paths)) as taken:
+        for share in (0, 0.25, 0.5):
+            taken.advance(share)
+            allowed = share * (3 << 15) + (1 << 13)
+            wait_until(lambda allowed=allowed: taken.position >= allowed)
+            time.sleep(0.05)
+            assert allowed <= taken.position < allowed + (1 << 12)
+            large, small, _ = taken._files
+            assert abs(large.position - 2 * small.position) <= 2 << 12, "not side by side"
+        found = taken.result()
+    assert found == sums(tmp_path)
+
+
+def test_a_small_file_with_a_wrong_md5_is_found_before_the_weights_are_read(meta, tmp_path, monkeypatch):
+    monkeypatch.setattr(sums_module, "BLOCK", 1 << 12)
+    monkeypatch.setattr(sums_module, "_AHEAD", 1 << 12)
+    (meta / "checklist.chk").write_text(f"{'0' * 32}  params.json\n")
+    with (
+        sums_module.summed(open_source(meta).files) as taken,
+        pytest.raises(CheckpointError, match=r"params\.json has the md5"),
+    ):
+        wait_until(lambda: taken.advance(0))
+    assert taken.position < sum(path.stat().st_size for path in meta.glob("*.pth")) / 2
+
+
+def wait_until(reached: Callable[[], object], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
 def test_a_file_that_the_checklist_names_must_be_there(meta, tmp_path):
     (meta / "checklist.chk").write_text(f"{'0' * 32}  consolidated.02.pth\n")
     with pytest.raises(CheckpointError, match=r"names consolidated\.02\.pth, which is not there"):
@@ -224,7 +267,7 @@ def test_killed_at_25_moments_and_gone_on_with(meta, tmp_path):
     runs = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert len(runs) == 25
     for run in runs:
-        assert run["whole"] if run["exists"] else run["resumed"], run
+        assert run["whole"] if run["exists"] else run["resumed"], (run, result.stderr)
         assert run["left"] == [], run
     # The moments must have been before, within and after the writing, or nothing was shown.
     assert sum(run["killed"] for run in runs) > 12
@@ -283,6 +326,15 @@ def test_a_finished_file_that_has_changed_is_written_again(meta, tmp_path, inter
     assert contents(tmp_path / "ours") == contents(tmp_path / "whole/ours")
 
 
+def test_what_a_kill_left_half_written_is_not_taken_over(meta, tmp_path, interrupted):
+    convert(meta, tmp_path / "whole/ours", max_shard_size=SHARD)
+    for name in (f".{MANIFEST}", "config.json", "tmp_half/half"):
+        (interrupted / name).parent.mkdir(exist_ok=True)
+        (interrupted / name).write_text('{"half')
+    convert(meta, tmp_path / "ours", max_shard_size=SHARD, resume=True)
+    assert contents(tmp_path / "ours") == contents(tmp_path / "whole/ours")
+
+
 def test_what_was_interrupted_is_not_lost_by_forgetting_to_resume(meta, tmp_path, interrupted, capsys):
     arguments = [str(meta), str(tmp_path / "ours"), "--max-shard-size", SHARD]
     assert command.main(arguments) == 2
@@ -308,7 +360,7 @@ def test_too_little_space_leaves_what_is_finished(meta, tmp_path, interrupted, m
     monkeypatch.setattr(target_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match="are free there"):
         convert(meta, tmp_path / "ours", max_shard_size=SHARD, resume=True)
-    assert len(list(interrupted.glob("model-*"))) == 4
+    assert len(list(interrupted.glob("model-*"))) == 3
 
 
 def test_two_processes_do_not_write_the_same_folder(meta, tmp_path):
