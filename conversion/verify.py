@@ -5,6 +5,7 @@ python -m conversion.verify SOURCE TARGET
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -203,32 +204,52 @@ def _computed(reference: "MetaReference", target: "Source", folder: Path, num_to
             if first is None and not hidden[-1] <= MAX_HIDDEN:
                 first = "the embedding" if number < 0 else f"layer {number}"
             release_mapped_pages([*reference.files, *target.files])
-        logits, wanted = next(ours), reference.logits(expected)
-        difference = float((logits - wanted).abs().max())
-        found, right = (values.double().log_softmax(dim=-1) for values in (logits, wanted))
-        kl = float((right.exp() * (right - found)).sum(dim=-1).mean())
-        top_1 = float((logits.argmax(dim=-1) == wanted.argmax(dim=-1)).float().mean())
-    if first is None and not (kl <= MAX_KL and top_1 >= MIN_TOP_1):
+        logits = _compared(next(ours), reference.logits(expected))
+    if first is None and not (logits["kl_mean"] <= MAX_KL and logits["top_1_agreement"] >= MIN_TOP_1):
         first = "the output matrix"
     figures = {
         "tokens": num_tokens,
         "layers": num_layers,
         "hidden_relative": hidden,
-        "logits_max_difference": difference,
-        "logits_max": float(wanted.abs().max()),
-        "kl_mean": kl,
-        "top_1_agreement": top_1,
+        **logits,
         "parts_at": first,
     }
     told = (
         f"{num_tokens} tokens, {num_layers} layers: hidden states within {max(hidden):.1e}, logits of up to "
-        f"{figures['logits_max']:.1f} within {difference:.1e}, mean KL {kl:.1e}, top-1 {top_1:.1%}"
+        f"{logits['logits_max']:.1f} within {logits['logits_max_difference']:.1e}, mean KL {logits['kl_mean']:.1e}, "
+        f"top-1 {logits['top_1_agreement']:.1%}"
     )
+    if logits["tokens_compared"] < num_tokens:
+        told += f"; {num_tokens - logits['tokens_compared']} tokens have no finite logits in the source either"
     return Check("computation", first is None, told if first is None else f"parts at {first}; {told}", figures)
 
 
 def _relative(found: "torch.Tensor", expected: "torch.Tensor") -> float:
-    return float((found - expected).norm() / expected.norm())
+    """The norm of the difference over the norm; of what is finite, which must be the same on both sides."""
+    finite = expected.isfinite()
+    if not finite.equal(found.isfinite()):
+        return math.inf
+    # NaN in the weights makes all of it NaN after a layer.
+    return float((found - expected)[finite].norm() / expected[finite].norm()) if finite.any() else 0.0
+
+
+def _compared(found: "torch.Tensor", expected: "torch.Tensor") -> dict[str, Any]:
+    """Figures on two sides' logits (tokens, vocabulary), of the tokens whose logits are finite in the source."""
+    rows = expected.isfinite().all(dim=-1)
+    if not rows.any():
+        return dict.fromkeys(("logits_max_difference", "logits_max", "kl_mean"), 0.0) | {
+            "top_1_agreement": 1.0,
+            "tokens_compared": 0,
+        }
+    found, expected = found[rows], expected[rows]
+    ours, right = (values.double().log_softmax(dim=-1) for values in (found, expected))
+    return {
+        "logits_max_difference": float((found - expected).abs().max()),
+        "logits_max": float(expected.abs().max()),
+        "kl_mean": float((right.exp() * (right - ours)).sum(dim=-1).mean()),
+        "top_1_agreement": float((found.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean()),
+        "tokens_compared": int(rows.sum()),
+    }
 
 
 def _states(folder: Path, target: "Source", tokens: "torch.Tensor", num_layers: int) -> "Iterator[torch.Tensor]":

@@ -208,7 +208,7 @@ def test_a_file_that_the_checklist_names_must_be_there(meta, tmp_path):
 
 # Converts in children that are killed at random moments; prints a JSON line for each.
 KILLED = """
-import json, os, random, signal, sys, time
+import faulthandler, json, os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, "tests")
 import torch
@@ -223,6 +223,7 @@ def contents(folder):
 def child(target, resume):
     pid = os.fork()
     if pid == 0:
+        faulthandler.dump_traceback_later(30, exit=True)  # rather than hang
         try:
             convert(meta, target, max_shard_size=shard, resume=resume)
         except BaseException as error:

@@ -53,6 +53,22 @@ def test_a_right_conversion_passes(tmp_path, heads, shards, model_type):
     assert figures["top_1_agreement"] == 1
 
 
+@pytest.mark.parametrize("name", ["layers.1.feed_forward.w2.weight", "tok_embeddings.weight", "output.weight"])
+def test_a_source_with_nan_is_not_held_against_its_conversion(tmp_path, name):
+    source = source_folder(tmp_path / "meta")
+    path = source / "consolidated.00.pth"
+    weights = torch.load(path, weights_only=True)
+    weights[name][:, 3] = math.nan
+    torch.save(weights, path)
+    convert(source, tmp_path / "ours", allow_nonfinite=True, verify=True)
+    (computation,) = (check for check in verify(source, tmp_path / "ours") if check.name == "computation")
+    assert "tokens have no finite logits in the source either" in computation.found
+    # Negative control: what is NaN on one side only.
+    weights[name][:, 3] = 0
+    torch.save(weights, path)
+    assert {"weights", "computation"} <= failed(verify(source, tmp_path / "ours")).keys()
+
+
 def test_a_cast_is_told_and_not_held_against_it(tmp_path):
     source = source_folder(tmp_path / "meta")
     convert(source, tmp_path / "ours", dtype="bfloat16")
