@@ -53,13 +53,21 @@ def write_random_meta(folder: Path, *, layers: int, dim: int, heads: int, shards
             shape = tuple(named[size] // (shards if axis == row.cut else 1) for axis, size in enumerate(row.shape))
             layout[meta] = (shape, torch.bfloat16)
         with PthWriter(folder / f"consolidated.{rank:02d}.pth", layout) as writer:
-            for number, (name, (shape, dtype)) in enumerate(layout.items()):
+            for number, (name, (shape, _)) in enumerate(layout.items()):
                 count = torch.Size(shape).numel()
                 start = (number * shards + rank) * 1_000_003 % (len(noise) - count)
-                norm = len(shape) == 1
-                writer.add(name, torch.ones(shape, dtype=dtype) if norm else noise[start : start + count].view(shape))
+                values = noise[start : start + count].view(shape)
+                writer.add(name, 1 + values if len(shape) == 1 else values)
             writer.finish()
     (folder / "params.json").write_text(json.dumps(params))
+
+
+def write_apart(folder: Path, **shape: int) -> None:
+    """`write_random_meta` in a process of its own: the peak of a child begins at the size of its parent."""
+    writer = multiprocessing.get_context("spawn").Process(target=write_random_meta, args=(folder,), kwargs=shape)
+    writer.start()
+    writer.join()
+    assert writer.exitcode == 0, "the model could not be written"
 
 
 def evict(folder: Path) -> None:
@@ -178,11 +186,7 @@ def main() -> int:
     for name, shape in models.items():
         source = arguments.folder / "meta"
         shutil.rmtree(arguments.folder, ignore_errors=True)
-        # By a process of its own: the peak of a child begins at the size of the process that starts it.
-        writer = multiprocessing.get_context("spawn").Process(target=write_random_meta, args=(source,), kwargs=shape)
-        writer.start()
-        writer.join()
-        assert writer.exitcode == 0, "the model could not be written"
+        write_apart(source, **shape)
         result = results[name] = measure(source, rounds=arguments.rounds, loads=LOADS if name == LARGEST else ())
         print(
             f"| {name} | {result['bytes'] / 1e9:.2f} | {result['cp']:.1f} | {result['convert']:.1f} | "

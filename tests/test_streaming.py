@@ -208,13 +208,15 @@ def test_a_file_that_the_checklist_names_must_be_there(meta, tmp_path):
 
 # Converts in children that are killed at random moments; prints a JSON line for each.
 KILLED = """
-import faulthandler, json, os, random, signal, sys, time
+import json, os, random, signal, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, "tests")
 import torch
+from tqdm import tqdm
 from conversion.convert import convert
 
 torch.set_num_threads(1)
+tqdm.set_lock(threading.RLock())  # its own is shared with the children, and a killed one may hold it
 meta, folder, times, shard = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 
 def contents(folder):
@@ -223,7 +225,6 @@ def contents(folder):
 def child(target, resume):
     pid = os.fork()
     if pid == 0:
-        faulthandler.dump_traceback_later(30, exit=True)  # rather than hang
         try:
             convert(meta, target, max_shard_size=shard, resume=resume)
         except BaseException as error:
