@@ -90,7 +90,7 @@ def timed(command: list[str], source: Path) -> tuple[float, int, int]:
     return time.perf_counter() - start, usage.ru_maxrss * 1024, process.returncode
 
 
-# Loads a folder as a user does, with and without the pages of its files.
+# Loads a folder as a user does, and touches every page of its weights, as the first forward pass does.
 LOAD = """
 import contextlib, sys
 from pathlib import Path
@@ -101,10 +101,12 @@ from hf_llama_repro.mapped_pages import mapped_pages_released
 
 folder, how = sys.argv[1:]
 int8 = dict(quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map={"": "cpu"})
-with mapped_pages_released(Path(folder)) if how != "bf16" else contextlib.nullcontext():
-    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **(int8 if how == "int8, released" else {}))
+with mapped_pages_released(Path(folder)) if how == "int8" else contextlib.nullcontext():
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **(int8 if how == "int8" else {}))
+for weights in [*model.parameters(), *model.buffers()]:
+    weights.flatten()[::1024].sum()
 """
-LOADS = ("bf16", "bf16, released", "int8, released")
+LOADS = ("bf16", "int8")
 
 
 def measure(source: Path, *, rounds: int, loads: tuple[str, ...] = ()) -> dict[str, Any]:
