@@ -27,7 +27,7 @@ from .keys import (
     to_half_split,
 )
 from .pth_file import check_storages, record_sizes
-from .source import Source, StoredTensor
+from .source import Source, StoredTensor, is_file
 
 CHECKLIST = "checklist.chk"
 """Meta's list of md5 sums, one for each file of the folder."""
@@ -370,7 +370,9 @@ def _read_checklist(folder: Path) -> dict[Path, str | None]:
     text = listing.read_text(encoding="utf-8", errors="replace") if listing.is_file() else ""
     listed: dict[Path, str | None] = {}
     for md5, name in re.findall(r"^([0-9a-f]{32})[ \t]+\*?(\S+)\s*$", text, re.MULTILINE):
-        if not (folder / name).is_file():
+        if Path(name).name != name:
+            raise CheckpointError(f"{listing} names {name}, which is not in the same folder: remove that line")
+        if not is_file(folder / name):
             raise CheckpointError(f"{listing} names {name}, which is not there: download it")
         listed[folder / name] = md5
     return listed

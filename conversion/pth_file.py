@@ -132,9 +132,11 @@ def record_sizes(path: Path) -> Counter[int]:
             file.seek(entry.header_offset)
             header = file.read(_LOCAL_HEADER)
             name_length, extra_length = struct.unpack("<26x2H", header)
-            file.seek(name_length + extra_length + entry.file_size, 1)
+            name = file.read(name_length)
+            file.seek(extra_length + entry.file_size, 1)
+            is_there = header.startswith(b"PK\3\4") and name == entry.orig_filename.encode("utf-8")
             # Whatever follows, be it a header, a descriptor or the directory, begins with PK.
-            if not (header.startswith(b"PK\3\4") and file.read(2) == b"PK"):
+            if not is_there or entry.compress_size != entry.file_size or file.read(2) != b"PK":
                 raise CheckpointError(f"{path} is damaged ({entry.filename} is not where it should be): {_AGAIN}")
     if len({entry.filename for entry in entries}) < len(entries):
         raise CheckpointError(f"{path} is damaged (two of its records have one name): {_AGAIN}")
@@ -156,9 +158,7 @@ def check_storages(path: Path, tensors: dict[str, torch.Tensor], records: Counte
             )
         storages[storage.data_ptr()] = storage.nbytes()
     sizes = Counter(size for size in storages.values() if size)
-    if records is None:
-        is_whole = sum(sizes.elements()) <= path.stat().st_size
-    else:
-        is_whole = not sizes - records
-    if not is_whole:
+    # Those of a zip file are compared one by one, for a storage that is too large goes on in the next one's bytes.
+    too_large = sum(sizes.elements()) > path.stat().st_size if records is None else sizes - records
+    if too_large:
         raise CheckpointError(f"{path} is damaged (its tensors are of another size than its data): {_AGAIN}")

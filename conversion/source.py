@@ -53,6 +53,14 @@ class Source:
     """What was decided where the files leave a choice, and why."""
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; also of a name that no file can have, as a damaged list may hold one."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def open_source(path: Path, *, context_length: int | None = None, chat: bool | None = None) -> Source:
     """Opens an original Meta folder, a Hugging Face Llama or LlamaRepro folder, or a GGUF file.
 

@@ -479,7 +479,7 @@ def _copy_hugging_face(source: Path, target: Path, *, vocab_size: int) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise CheckpointError(f"{path}: not readable as JSON ({error}). Download it again. {NO_TOKENIZER}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: should hold a JSON object, not a {type(content).__name__}. {NO_TOKENIZER}")

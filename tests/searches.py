@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import META_NAMES
 from safetensors.torch import load_file
+from transformers import AutoConfig, GenerationConfig
 
 from hf_llama_repro.errors import CheckpointError
 
@@ -56,10 +57,12 @@ class Search:
         else:
             assert [path.name for path in self.folder.iterdir()] == ["ours"]
             self.holds(target)
+            AutoConfig.from_pretrained(target)
+            GenerationConfig.from_pretrained(target)
             self.converted += 1
 
     def assert_both_kinds(self):
-        assert (len(self.refused) >= LEAST) and (self.converted >= LEAST), (len(self.refused), self.converted)
+        assert min(len(self.refused), self.converted) >= LEAST, (len(self.refused), self.converted)
 
 
 def search_bytes(path, search, positions, *, profile=searching):

@@ -56,6 +56,9 @@ def zip_positions(path):
 def test_zip_headers_of_a_shard(tiny_meta, meta_search, part):
     path = tiny_meta / "consolidated.01.pth"
     headers, directory = zip_positions(path)
+    # The values are not touched, and torch's own reading without memory-mapping is misled by some of these changes.
+    expected = meta_says(tiny_meta)
+    meta_search.holds = lambda target: assert_same(tensors_of(target), expected)
     search_bytes(path, meta_search, headers if part == "local headers" else directory)
     meta_search.assert_both_kinds()
 
@@ -177,4 +180,4 @@ def test_values_of_a_config_json(stock, stock_search):
 def test_bytes_of_a_config_json(stock, stock_search):
     path = stock / "config.json"
     search_bytes(path, stock_search, range(path.stat().st_size))
-    stock_search.assert_both_kinds()
+    assert stock_search.refused and stock_search.converted
