@@ -21,6 +21,8 @@ searching_costly = settings.get_profile("costly search")
 # Where numbers of 1, 2, 4 and 8 bytes begin and end.
 EXTREMES = [b"\0", b"\xff", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0" * 8, b"\xff" * 8]
 REPLACEMENT = st.one_of(st.binary(min_size=1, max_size=4), st.sampled_from(EXTREMES))
+# Bytes of which JSON is made: others are refused by the first look at the file.
+JSON_BYTES = st.text('0123456789-.e"{}[]:, anul\\', min_size=1, max_size=3).map(str.encode)
 JSON_VALUES = st.one_of(
     st.none(),
     st.booleans(),
@@ -65,12 +67,12 @@ class Search:
         assert min(len(self.refused), self.converted) >= LEAST, (len(self.refused), self.converted)
 
 
-def search_bytes(path, search, positions, *, profile=searching):
+def search_bytes(path, search, positions, *, replacement=REPLACEMENT, profile=searching):
     """Cases in which bytes of the file `path`, which begin at one of `positions`, are others."""
     content = path.read_bytes()
 
     @profile
-    @given(st.lists(st.tuples(st.sampled_from(positions), REPLACEMENT), min_size=1, max_size=4))
+    @given(st.lists(st.tuples(st.sampled_from(positions), replacement), min_size=1, max_size=4))
     def check(edits):
         spoilt = bytearray(content)
         for at, replacement in edits:
@@ -84,15 +86,17 @@ def search_bytes(path, search, positions, *, profile=searching):
         path.write_bytes(content)
 
 
-def search_json(path, search, fields, *, profile=searching, values=JSON_VALUES):
-    """Cases in which fields of the JSON object in the file `path` have other values, or are gone."""
+def search_json(path, search, fields, *, part=None, profile=searching):
+    """Cases in which fields of the JSON object in the file `path`, or of its `part`, have other values, or are gone."""
     text = path.read_text()
 
     @profile
-    @given(st.dictionaries(fields, values, min_size=1, max_size=3), st.lists(fields, max_size=1))
+    @given(st.dictionaries(fields, JSON_VALUES, min_size=1, max_size=3), st.lists(fields, max_size=1))
     def check(changed, removed):
-        content = {name: value for name, value in (json.loads(text) | changed).items() if name not in removed}
-        path.write_text(json.dumps(content))
+        content = json.loads(text)
+        before = content[part] if part else content
+        after = {name: value for name, value in (before | changed).items() if name not in removed}
+        path.write_text(json.dumps({**content, part: after} if part else after))
         search.case()
 
     try:
