@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from hf_llama_repro import LlamaReproConfig
@@ -14,7 +13,7 @@ from hf_llama_repro.errors import CheckpointError
 from hf_llama_repro.llama_folder import MODEL_TYPES, architecture
 
 from .keys import DTYPES, EMBEDDING, OUR_FREQUENCIES, OUTPUT, check_layers, check_names, our_shapes
-from .source import Source, StoredTensor, is_file, promoted
+from .source import CONFIG_ERRORS, Source, StoredTensor, is_file, promoted
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _MAX_LABELS = 1_000_000
@@ -80,8 +79,7 @@ def _config(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> LlamaRepr
         raise CheckpointError(f"{path}: num_labels = {labels} is more than any model has: download it again")
     try:
         return LlamaReproConfig(**{**given, "dtype": named})
-    # The last is what a field of another type than it should be leads to.
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, StrictDataclassError) as error:
+    except CONFIG_ERRORS as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}: download it again") from None
 
 

@@ -27,7 +27,7 @@ from .keys import (
     to_half_split,
 )
 from .pth_file import check_storages, record_sizes
-from .source import Source, StoredTensor, is_file
+from .source import CONFIG_ERRORS, Source, StoredTensor, is_file
 
 CHECKLIST = "checklist.chk"
 """Meta's list of md5 sums, one for each file of the folder."""
@@ -54,8 +54,8 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
     context, reason = _context_length(params, shards, context_length, config_fields)
     try:
         config = LlamaReproConfig(**config_fields, max_position_embeddings=context)
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'params.json'}: {error}") from None
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"{folder / 'params.json'}: {' '.join(str(error).split())}") from None
     check_layers(shards[0], config, paths[0], "params.json")
     rows = expand(config)
     _check_shards(shards, paths, rows, config)

@@ -6,9 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from hf_llama_repro import LlamaReproConfig
 from hf_llama_repro.errors import CheckpointError
+
+CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OverflowError, StrictDataclassError)
+"""What `LlamaReproConfig` raises for fields of a wrong type or value."""
 
 
 @dataclass(frozen=True)
