@@ -2,7 +2,6 @@
 
 import functools
 
-import numpy
 import pytest
 import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
@@ -15,14 +14,17 @@ from test_convert_gguf import NAMES, gguf_tensors, write_gguf
 
 from conversion.convert import convert
 from conversion.keys import TENSORS  # names only
-from hf_llama_repro.errors import CheckpointError
 
 
 @pytest.fixture
 def model():
     return random_model(
         tiny_config(
-            vocab_size=6, hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=6,
+            hidden_size=8,
+            intermediate_size=6,
+            num_hidden_layers=1,
+            num_attention_heads=2,
             num_key_value_heads=1,
         )  # fmt: skip
     )
