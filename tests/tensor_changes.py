@@ -33,7 +33,7 @@ def transposed(tensor):
 
 
 TENSORS = {
-    "expanded": lambda tensor: tensor.reshape(-1)[:1].expand(tensor.shape),
+    "expanded": lambda tensor: tensor.reshape(-1)[:1].clone().expand(tensor.shape),
     "endless": lambda tensor: torch.zeros(1).expand(10**12, *tensor.shape[1:]),
     "endless rows and columns": lambda tensor: torch.zeros(1).expand(10**9, 10**9),
     "overlapping": overlapping,
