@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test test-oldest test-wheel lint type unit test-transformers bench bench-finetune bench-conversion bench-memory build clean
+.PHONY: help install demo test test-long test-oldest test-wheel lint type unit test-transformers bench bench-finetune bench-conversion bench-memory build clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -19,6 +19,9 @@ demo: $(INSTALLED)  ## convert a real model, ask it, fine-tune it, ask again (GG
 	$(BIN)/python -m examples.demo $(if $(GGUF),--gguf "$(GGUF)")
 
 test: lint type unit  ## lint, types and tests: what CI runs
+
+test-long: $(INSTALLED)  ## searches of 2,000 damaged files each, and sizes that take minutes
+	$(BIN)/python -m pytest --long $(PYTEST) tests/test_hostile_files.py tests/test_hostile_formats.py tests/test_at_size.py
 
 test-oldest: .venv-oldest/.installed  ## the tests with the oldest transformers that pyproject.toml allows
 	.venv-oldest/bin/python -m pytest $(PYTEST)

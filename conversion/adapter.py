@@ -20,7 +20,7 @@ from hf_llama_repro.errors import CheckpointError
 
 from .hugging_face import read_json, read_pytorch, read_safetensors
 from .keys import DTYPES, EMBEDDING, OUTPUT
-from .source import Source, StoredTensor
+from .source import Source, StoredTensor, is_file
 
 CONFIG_FILE = "adapter_config.json"
 _WEIGHTS = {"adapter_model.safetensors": read_safetensors, "adapter_model.bin": read_pytorch}
@@ -141,7 +141,7 @@ def find_base(adapter: Adapter) -> Path:
     if not named or not isinstance(named, str):
         raise CheckpointError(f"{adapter.folder / CONFIG_FILE} names no base: name its folder by --base")
     for folder in (adapter.folder / named, Path(named)):
-        if (folder / "config.json").is_file():
+        if is_file(folder / "config.json"):
             return folder
     raise CheckpointError(
         f"{adapter.folder} was trained on {named}, which is no model's folder here: name that folder by --base"

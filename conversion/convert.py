@@ -213,9 +213,7 @@ def _request(opened: "Source", options: list[Any]) -> dict[str, Any]:
 
 
 def _write_tokenizer(tokenizer: Path, folder: Path, opened: "Source") -> str:
-    from transformers import AutoTokenizer
-
-    from .tokenizer import convert_tokenizer
+    from .tokenizer import convert_tokenizer, load_tokenizer
 
     config = opened.config
     line = convert_tokenizer(
@@ -226,7 +224,7 @@ def _write_tokenizer(tokenizer: Path, folder: Path, opened: "Source") -> str:
         chat=opened.chat,
     )
     if opened.token_ids_from_tokenizer:
-        loaded = AutoTokenizer.from_pretrained(folder)
+        loaded = load_tokenizer(folder, tokenizer)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(loaded, name))
     return line

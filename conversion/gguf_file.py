@@ -5,15 +5,15 @@ import io
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hf_llama_repro import LlamaReproConfig
 from hf_llama_repro.errors import CheckpointError
 
-from .keys import TENSORS, check_layers, check_names, our_shapes, to_half_split
-from .source import Source, StoredTensor
+from .gguf_header import check_header
+from .keys import check_layers, check_names, expand, our_shapes, to_half_split
+from .source import CONFIG_ERRORS, Source, StoredTensor
 
 # GGUF's names of unquantized tensors -> dtype that holds them without loss.
 _UNQUANTIZED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,6 +34,7 @@ def open_gguf(path: Path) -> Source:
         from gguf import GGUFReader
     except ImportError:
         raise CheckpointError(f"{path} needs the package gguf: pip install 'hf-llama-repro[gguf]'") from None
+    check_header(path)
     try:
         reader = GGUFReader(str(path))
         metadata = {name: field.contents() for name, field in reader.fields.items() if name.startswith("llama.")}
@@ -42,6 +43,8 @@ def open_gguf(path: Path) -> Source:
         raise CheckpointError(f"{path} is truncated or damaged ({error}): download it again") from None
     if architecture != "llama":
         raise CheckpointError(f"{path} holds the architecture {architecture!r}, not 'llama'")
+    if sum(tensor.n_bytes for tensor in reader.tensors) > path.stat().st_size:
+        raise CheckpointError(f"{path} is damaged (its tensors overlap): download it again")
     names = {tensor.name for tensor in reader.tensors}
     if special := [name for name in _NOT_LLAMA if metadata.get(name) not in (None, 0, 1, "none")]:
         raise CheckpointError(f"{path} says {special[0]} = {metadata[special[0]]}: not an architecture of LLaMA 1 or 2")
@@ -53,7 +56,7 @@ def open_gguf(path: Path) -> Source:
     vocab_size = next((int(tensor.shape[-1]) for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
     config = _config(path, vocab_size)
     check_layers(names, config, path, "its metadata")
-    tensors = _load(path, config, metadata)
+    tensors = _load(path, config)
     types = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
     dtype = _UNQUANTIZED.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
     config.dtype = dtype
@@ -64,6 +67,11 @@ def open_gguf(path: Path) -> Source:
             raise CheckpointError(
                 f"{path}: {name} has shape {list(tensors[name].shape)}, its metadata say {list(shape)}"
             )
+    if "llama.attention.head_count_kv" not in metadata:
+        # The loader then leaves Q and K in the interleaved order.
+        for row, _, name in expand(config):
+            if row.heads is not None:
+                tensors[name] = to_half_split(tensors[name], getattr(config, row.heads))
     return Source(
         description=f"GGUF file ({', '.join(sorted({tensor.tensor_type.name for tensor in reader.tensors}))})",
         config=config,
@@ -90,33 +98,25 @@ def _config(path: Path, vocab_size: int | None) -> LlamaReproConfig:
     fields = {name: value for name, value in fields.items() if name not in ("model_type", "_model_name_or_path")}
     # The loader counts the tokenizer's tokens, which may be fewer.
     fields["vocab_size"] = vocab_size or fields.get("vocab_size")
-    # A float32 in the file: 9.999999747378752e-06 was written as 1e-5.
-    for name in ("rms_norm_eps", "rope_theta"):
-        if name in fields:
-            fields[name] = float(str(torch.tensor(fields[name], dtype=torch.float32).numpy()))
     try:
+        # A float32 in the file: 9.999999747378752e-06 was written as 1e-5.
+        for name in ("rms_norm_eps", "rope_theta"):
+            if name in fields:
+                fields[name] = float(str(torch.tensor(fields[name], dtype=torch.float32).numpy()))
         return LlamaReproConfig(**fields)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}: download it again") from None
 
 
-def _load(path: Path, config: LlamaReproConfig, metadata: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _load(path: Path, config: LlamaReproConfig) -> dict[str, torch.Tensor]:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    with torch.device("meta"):
-        skeleton = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "model_type": "llama"}))
     # The loader's progress bar does not know whether anybody is watching.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
         try:
-            tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton)["tensors"]
+            with torch.device("meta"):
+                skeleton = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "model_type": "llama"}))
+            return load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton)["tensors"]
         except Exception as error:  # gguf knows no way back from some quantizations, and shapes may be damaged
             raise CheckpointError(f"{path} has weights that cannot be read ({error}): use another file of it") from None
-    if "llama.attention.head_count_kv" not in metadata:
-        # The loader then leaves Q and K in the interleaved order.
-        for row in TENSORS:
-            if row.heads is not None:
-                for layer in range(config.num_hidden_layers):
-                    name = row.ours.format(layer)
-                    tensors[name] = to_half_split(tensors[name], getattr(config, row.heads))
-    return tensors

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_llama_repro.errors import CheckpointError
 
+from .gguf_header import check_header
 from .tokenizer import CONTROL, NO_TOKENIZER, USER_DEFINED, Pipeline, TokenTable, score_pipeline
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -49,6 +50,8 @@ def read_gguf_tokenizer(source: Path) -> tuple[str, TokenTable, Pipeline]:
     table = _token_table(metadata, source)
     if model == "llama":
         scores = _required(metadata, "tokenizer.ggml.scores", source)
+        if len(scores) != len(table.tokens) or not all(isinstance(score, int | float) for score in scores):
+            raise CheckpointError(f"{source}: {len(table.tokens)} tokens, but {len(scores)} scores. {NO_TOKENIZER}")
         dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
         return "SentencePiece BPE from GGUF", table, score_pipeline(table, scores, dummy_prefix=dummy_prefix)
     pre = metadata.get("tokenizer.ggml.pre")
@@ -65,17 +68,18 @@ def _read_metadata(source: Path) -> dict[str, Any]:
         from gguf import GGUFReader
     except ImportError as error:
         raise CheckpointError(f"{source}: reading GGUF needs `pip install hf-llama-repro[gguf]`") from error
+    check_header(source)
     try:
         fields = GGUFReader(source).fields
         return {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
-    except (ValueError, IndexError, KeyError, OSError) as error:  # what the reader raises on truncated files
+    except Exception as error:  # the reader raises whatever the damage leads to
         raise CheckpointError(f"{source}: not a readable GGUF file ({error}); download it again") from error
 
 
 def _required(metadata: dict[str, Any], key: str, source: Path) -> list[Any]:
     value = metadata.get(key)
-    if not value:
-        raise CheckpointError(f"{source}: the metadata has no {key}. {NO_TOKENIZER}")
+    if not value or not isinstance(value, list):
+        raise CheckpointError(f"{source}: the metadata has no {key}, which is a list. {NO_TOKENIZER}")
     return value
 
 
@@ -87,6 +91,8 @@ def _token_table(metadata: dict[str, Any], source: Path) -> TokenTable:
             f"{source}: {len(tokens)} tokens, {len(set(tokens))} of them distinct, and {len(kinds)} token types; "
             f"the three numbers must be equal. {NO_TOKENIZER}"
         )
+    if not all(isinstance(token, str) for token in tokens):
+        raise CheckpointError(f"{source}: tokenizer.ggml.tokens are no texts. {NO_TOKENIZER}")
     is_scored = metadata["tokenizer.ggml.model"] == "llama"
     begins_with_bos = is_scored or metadata.get("tokenizer.ggml.pre") == _LIKE_LLAMA3
     # A SentencePiece model that names none has LLaMA's ids.
@@ -96,8 +102,11 @@ def _token_table(metadata: dict[str, Any], source: Path) -> TokenTable:
         for name in ("unknown", "bos", "eos", "padding")
     }
     for name, index in ids.items():
-        if index is not None and not 0 <= index < len(tokens):
+        if index is not None and not (isinstance(index, int) and 0 <= index < len(tokens)):
             raise CheckpointError(f"{source}: {name}_token_id is {index}, but there are {len(tokens)} tokens")
+    chat_template = metadata.get("tokenizer.chat_template")
+    if not isinstance(chat_template, str | None):
+        raise CheckpointError(f"{source}: tokenizer.chat_template is no text. {NO_TOKENIZER}")
     return TokenTable(
         tokens=tokens,
         kinds=kinds,
@@ -107,13 +116,13 @@ def _token_table(metadata: dict[str, Any], source: Path) -> TokenTable:
         pad_id=ids["padding"],
         add_bos=metadata.get("tokenizer.ggml.add_bos_token", begins_with_bos),
         add_eos=metadata.get("tokenizer.ggml.add_eos_token", False),
-        chat_template=metadata.get("tokenizer.chat_template"),
-        splits_special_tokens=is_scored and "tokenizer.chat_template" not in metadata,
+        chat_template=chat_template,
+        splits_special_tokens=is_scored and chat_template is None,
     )
 
 
 def _byte_level_pipeline(table: TokenTable, metadata: dict[str, Any], pre: str, source: Path) -> Pipeline:
-    merges = [merge.split(" ") for merge in _required(metadata, "tokenizer.ggml.merges", source)]
+    merges = [str(merge).split(" ") for merge in _required(metadata, "tokenizer.ggml.merges", source)]
     added = {token for token, kind in zip(table.tokens, table.kinds, strict=True) if kind in (CONTROL, USER_DEFINED)}
     vocabulary = {token: index for index, token in enumerate(table.tokens)}
     mergeable = vocabulary.keys() - added

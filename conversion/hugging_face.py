@@ -13,9 +13,10 @@ from hf_llama_repro.errors import CheckpointError
 from hf_llama_repro.llama_folder import MODEL_TYPES, architecture
 
 from .keys import DTYPES, EMBEDDING, OUR_FREQUENCIES, OUTPUT, check_layers, check_names, our_shapes
-from .source import Source, StoredTensor, promoted
+from .source import CONFIG_ERRORS, Source, StoredTensor, is_file, promoted
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_MAX_LABELS = 1_000_000
 
 
 def open_hugging_face(folder: Path, *, dequantize: bool = False) -> Source:
@@ -36,11 +37,7 @@ def open_hugging_face(folder: Path, *, dequantize: bool = False) -> Source:
                 "convert the 16- or 32-bit weights that it was made from"
             )
     tensors, files = _tensors(folder, dequantize=bool(quantization))
-    dtype = fields.get("dtype") or fields.get("torch_dtype") or promoted(tensors.values())
-    try:
-        config = LlamaReproConfig(**{**architecture(fields), "dtype": dtype})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    config = _config(folder / "config.json", fields, promoted(tensors.values()))
     check_layers(tensors, config, folder, "config.json")
     notes: tuple[str, ...] = ()
     if config.tie_word_embeddings and {OUTPUT, EMBEDDING} <= set(tensors):
@@ -69,10 +66,27 @@ def open_hugging_face(folder: Path, *, dequantize: bool = False) -> Source:
     )
 
 
+def _config(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> LlamaReproConfig:
+    """The configuration; `dtype` is the weights', where it names none."""
+    given = architecture(fields)
+    if odd := [name for name in given if name.startswith("__") or callable(getattr(LlamaReproConfig, name, None))]:
+        raise CheckpointError(f"{path}: {odd[0]} is not a field of a configuration: download it again")
+    named = fields.get("dtype") or fields.get("torch_dtype") or dtype
+    if named not in DTYPES and named not in [str(dtype).removeprefix("torch.") for dtype in DTYPES]:
+        raise CheckpointError(f"{path}: dtype = {named!r} is not a 16- or 32-bit float: download it again")
+    labels = given.get("num_labels")
+    if isinstance(labels, int) and labels > _MAX_LABELS:  # transformers makes a name for each
+        raise CheckpointError(f"{path}: num_labels = {labels} is more than any model has: download it again")
+    try:
+        return LlamaReproConfig(**{**given, "dtype": named})
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}: download it again") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a JSON object")
@@ -96,7 +110,7 @@ def _tensors(folder: Path, *, dequantize: bool) -> tuple[dict[str, StoredTensor]
             continue
         tensors: dict[str, StoredTensor] = {}
         for file in files:
-            if Path(file).name != file or not (folder / file).is_file():
+            if Path(file).name != file or not is_file(folder / file):
                 raise CheckpointError(f"{folder / index_name} names {file}, which is not there: download it")
             tensors.update(load(folder / file))
         tensors = {name: tensor for name, tensor in tensors.items() if not OUR_FREQUENCIES.fullmatch(name)}

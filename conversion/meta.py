@@ -26,7 +26,8 @@ from .keys import (
     sizes,
     to_half_split,
 )
-from .source import Source, StoredTensor
+from .pth_file import check_storages, record_sizes
+from .source import CONFIG_ERRORS, Source, StoredTensor, is_file
 
 CHECKLIST = "checklist.chk"
 """Meta's list of md5 sums, one for each file of the folder."""
@@ -53,8 +54,8 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
     context, reason = _context_length(params, shards, context_length, config_fields)
     try:
         config = LlamaReproConfig(**config_fields, max_position_embeddings=context)
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'params.json'}: {error}") from None
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"{folder / 'params.json'}: {' '.join(str(error).split())}") from None
     check_layers(shards[0], config, paths[0], "params.json")
     rows = expand(config)
     _check_shards(shards, paths, rows, config)
@@ -163,8 +164,13 @@ def _rank(path: Path) -> int:
 
 def load_shard(path: Path) -> Shard:
     """The tensors of one shard, memory-mapped: read when they are used, by a loader that runs no code."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file: download it again")
+    records = None
     try:
-        if not zipfile.is_zipfile(path):
+        if zipfile.is_zipfile(path):
+            records = record_sizes(path)
+        else:
             with path.open("rb") as file:
                 start = file.read(2)
             # Files of torch < 1.6 are bare pickles, which begin with their protocol.
@@ -175,7 +181,7 @@ def load_shard(path: Path) -> Shard:
         with warnings.catch_warnings():
             # The one error says what there is to say.
             warnings.simplefilter("ignore")
-            shard = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            shard = torch.load(path, map_location="cpu", weights_only=True, mmap=records is not None)
     except (CheckpointError, PermissionError):
         raise
     except Exception as error:  # the loader raises whatever the damage leads to
@@ -186,11 +192,19 @@ def load_shard(path: Path) -> Shard:
             ) from None
         raise CheckpointError(f"{path} is truncated or damaged ({_reason(error)}): download it again") from None
     if not isinstance(shard, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-        for name, tensor in shard.items()
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and _is_plain(tensor)
+        for name, tensor in dict.items(shard)
     ):
         raise CheckpointError(f"{path} holds no dictionary of tensors: it is not a shard of a Meta checkpoint")
-    return {name: tensor.detach() for name, tensor in shard.items()}
+    # Not shard.items() nor tensor.detach(): a file may give both of them attributes of any name.
+    tensors = {name: torch.Tensor.detach(tensor).resolve_neg() for name, tensor in dict.items(shard)}
+    check_storages(path, tensors, records)
+    return tensors
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its values are in memory, one for each place."""
+    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
 
 
 def _reason(error: Exception) -> str:
@@ -230,8 +244,8 @@ def _config_fields(params: dict[str, Any], shards: list[Shard], paths: list[Path
 
 
 def _first(shard: Shard, name: str, path: Path) -> torch.Tensor:
-    if name not in shard or shard[name].ndim != 2:
-        raise CheckpointError(f"{path} has no matrix {name}: it is not a shard of a LLaMA model")
+    if name not in shard or shard[name].ndim != 2 or not shard[name].numel():
+        raise CheckpointError(f"{path} has no matrix {name} with values: it is not a shard of a LLaMA model")
     return shard[name]
 
 
@@ -356,7 +370,9 @@ def _read_checklist(folder: Path) -> dict[Path, str | None]:
     text = listing.read_text(encoding="utf-8", errors="replace") if listing.is_file() else ""
     listed: dict[Path, str | None] = {}
     for md5, name in re.findall(r"^([0-9a-f]{32})[ \t]+\*?(\S+)\s*$", text, re.MULTILINE):
-        if not (folder / name).is_file():
+        if Path(name).name != name:
+            raise CheckpointError(f"{listing} names {name}, which is not in the same folder: remove that line")
+        if not is_file(folder / name):
             raise CheckpointError(f"{listing} names {name}, which is not there: download it")
         listed[folder / name] = md5
     return listed

@@ -1,4 +1,5 @@
 """Writes a file that `torch.load` opens, tensor by tensor: `torch.save` needs all of them in memory at once.
+Looks through one before it is loaded, for `torch.load` believes much of what a memory-mapped file says.
 
 The format is a zip archive without compression: data.pkl, a pickle that names storages, and data/0, data/1, …, their
 bytes, which begin at multiples of 64 so that they can be mapped.
@@ -8,19 +9,23 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from hf_llama_repro.errors import CheckpointError
+
 from .page_cache import StreamedFile
 
 _ALIGNMENT = 64
 _PADDING_FIELD = b"FB"  # the name that PyTorch gives the field of a zip header that holds nothing
 _LOCAL_HEADER, _ZIP64_FIELD, _FIELD_HEAD = 30, 20, 4  # bytes
+_ENCRYPTED = 1  # bit of a zip entry's flags
 _BLOCK = 1 << 24
+_AGAIN = "download it again"
 _STORAGES: dict[torch.dtype, Any] = {
     torch.float64: torch.DoubleStorage,
     torch.float32: torch.FloatStorage,
@@ -108,3 +113,52 @@ class _TensorPickler(pickle.Pickler):
             return NotImplemented
         strides = torch.empty(obj.shape, device="meta").stride()
         return torch._utils._rebuild_tensor_v2, (obj.storage, 0, obj.shape, strides, False, OrderedDict())
+
+
+def record_sizes(path: Path) -> Counter[int]:
+    """How many records of how many bytes a zip file of torch's has.
+
+    Raises `CheckpointError` unless each lies in the file as it is, once, and where torch is going to look for it:
+    behind its own header, whose lengths nothing else is compared with.
+    """
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        entries = archive.infolist()
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & _ENCRYPTED:
+                raise CheckpointError(
+                    f"{path}: {entry.filename} is compressed or encrypted, which torch.save never does: "
+                    "take the file as it was before it was packed"
+                )
+            file.seek(entry.header_offset)
+            header = file.read(_LOCAL_HEADER)
+            name_length, extra_length = struct.unpack("<26x2H", header)
+            name = file.read(name_length)
+            file.seek(extra_length + entry.file_size, 1)
+            is_there = header.startswith(b"PK\3\4") and name == entry.orig_filename.encode("utf-8")
+            # Whatever follows, be it a header, a descriptor or the directory, begins with PK.
+            if not is_there or entry.compress_size != entry.file_size or file.read(2) != b"PK":
+                raise CheckpointError(f"{path} is damaged ({entry.filename} is not where it should be): {_AGAIN}")
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise CheckpointError(f"{path} is damaged (two of its records have one name): {_AGAIN}")
+    return Counter(entry.file_size for entry in entries)
+
+
+def check_storages(path: Path, tensors: dict[str, torch.Tensor], records: Counter[int] | None) -> None:
+    """Raises `CheckpointError` where a tensor stands for more than the file holds.
+
+    `records` are the sizes of a zip file's records; None: a file of torch before 1.6, which is no zip file.
+    """
+    storages: dict[int, int] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        if tensor.numel() * tensor.itemsize > storage.nbytes():
+            raise CheckpointError(
+                f"{path}: {name} has {tensor.numel():,} values, but the file holds only {storage.nbytes():,} bytes of "
+                f"them (a view that repeats values?): save it with tensor.contiguous()"
+            )
+        storages[storage.data_ptr()] = storage.nbytes()
+    sizes = Counter(size for size in storages.values() if size)
+    # Those of a zip file are compared one by one, for a storage that is too large goes on in the next one's bytes.
+    too_large = sum(sizes.elements()) > path.stat().st_size if records is None else sizes - records
+    if too_large:
+        raise CheckpointError(f"{path} is damaged (its tensors are of another size than its data): {_AGAIN}")

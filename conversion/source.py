@@ -6,9 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from hf_llama_repro import LlamaReproConfig
 from hf_llama_repro.errors import CheckpointError
+
+CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OverflowError, StrictDataclassError)
+"""What `LlamaReproConfig` raises for fields of a wrong type or value."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,14 @@ class Source:
     generation_config: dict = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """What was decided where the files leave a choice, and why."""
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file; also of a name that no file can have, as a damaged list may hold one."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def open_source(path: Path, *, context_length: int | None = None, chat: bool | None = None) -> Source:

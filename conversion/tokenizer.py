@@ -7,10 +7,11 @@ concatenation is a piece, the one with the best score is merged first, and of eq
 """
 
 import json
+import math
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 NO_TOKENIZER = "Give another file with `--tokenizer FILE`, or convert without one: `--no-tokenizer`."
 SPACE = "▁"
+_MAX_PIECE = 1000
+"""Characters; LLaMA's longest piece has 16, and all ways to cut one in two are looked at."""
 
 # Kinds of pieces, numbered as in SentencePiece's ModelProto and in GGUF's `tokenizer.ggml.token_type`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -173,7 +176,10 @@ def convert_tokenizer(source: Path, target: Path, *, vocab_size: int, context_le
 
     processor = _load_sentencepiece(source)
     spare_rows = _spare_rows(len(processor), vocab_size, source)
-    table = _sentencepiece_table(processor)
+    try:
+        table = _sentencepiece_table(processor)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{source}: a piece is not UTF-8 ({error}). Download it again. {NO_TOKENIZER}") from error
     if chat:
         table = _with_llama2_chat(table, source)
     scores = [processor.get_score(index) for index in range(len(processor))]
@@ -187,6 +193,11 @@ def convert_tokenizer(source: Path, target: Path, *, vocab_size: int, context_le
 
 def score_pipeline(table: TokenTable, scores: Sequence[float], *, dummy_prefix: bool) -> Pipeline:
     """SentencePiece's byte-pair encoding. `dummy_prefix`: a space is put before every text, and removed in decoding."""
+    if not all(map(math.isfinite, scores)) or max(map(len, table.tokens)) > _MAX_PIECE:
+        raise CheckpointError(
+            f"the SentencePiece model has a score that is no number, or a piece of more than {_MAX_PIECE:,} "
+            f"characters. Download it again. {NO_TOKENIZER}"
+        )
     missing = {f"<0x{byte:02X}>" for byte in range(256)} - set(_pieces(table, BYTE))
     if missing:
         raise CheckpointError(
@@ -249,7 +260,7 @@ def _load_sentencepiece(source: Path) -> "SentencePieceProcessor":
         raise CheckpointError(f"{source}: the file is empty. Download it again. {NO_TOKENIZER}")
     try:
         return SentencePieceProcessor(model_file=str(source))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last where its own message quotes the damage
         raise CheckpointError(
             f"{source}: not a SentencePiece model; it looks like {_looks_like(source)}. {NO_TOKENIZER}"
         ) from error
@@ -348,7 +359,25 @@ def _tokenizer(table: TokenTable, pipeline: Pipeline, source: Path) -> "Tokenize
         "decoder": pipeline.decoder,
         "model": pipeline.model,
     }
-    return Tokenizer.from_str(json.dumps(description))
+    return _loaded(lambda: Tokenizer.from_str(json.dumps(description)), source)
+
+
+def load_tokenizer(folder: Path, source: Path) -> Any:
+    """transformers' tokenizer of a folder, which was made of `source`; code that a folder brings is not run."""
+    from transformers import AutoTokenizer
+
+    return _loaded(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), source)
+
+
+def _loaded(load: Callable[[], Any], source: Path) -> Any:
+    """What `load` brings. Raises `CheckpointError` where it cannot."""
+    try:
+        return load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # tokenizers raises Exception itself, and where it is surprised, not even that
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{source}: not a tokenizer that can be loaded ({reason}). {NO_TOKENIZER}") from None
 
 
 def _post_processor(table: TokenTable, source: Path) -> dict[str, Any]:
@@ -445,6 +474,8 @@ def _summary(kind: str, table: TokenTable) -> str:
 
 def _copy_hugging_face(source: Path, target: Path, *, vocab_size: int) -> str:
     """Copies the tokenizer's files; only a class that would rebuild the tokenizer is replaced in its configuration."""
+    from tokenizers import Tokenizer
+
     folder, file = (source, source / "tokenizer.json") if source.is_dir() else (source.parent, source)
     tokenizer, config_file = _read_json(file), folder / "tokenizer_config.json"
     try:
@@ -460,6 +491,7 @@ def _copy_hugging_face(source: Path, target: Path, *, vocab_size: int) -> str:
     if rebuilds:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
 
+    _loaded(lambda: Tokenizer.from_file(str(file)), file)
     shutil.copyfile(file, target / "tokenizer.json")
     for name in _COPIED_FILES:
         if (folder / name).exists():
@@ -479,7 +511,7 @@ def _copy_hugging_face(source: Path, target: Path, *, vocab_size: int) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise CheckpointError(f"{path}: not readable as JSON ({error}). Download it again. {NO_TOKENIZER}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: should hold a JSON object, not a {type(content).__name__}. {NO_TOKENIZER}")

@@ -290,15 +290,13 @@ def _fill(module: Any, prefix: str, tensors: "dict[str, StoredTensor]") -> None:
 
 
 def _tokenizer(source: Path | None, target: Path) -> Check:
-    from transformers import AutoTokenizer
-
-    from .tokenizer import AWKWARD_TEXTS
+    from .tokenizer import AWKWARD_TEXTS, load_tokenizer
 
     if not (target / "tokenizer.json").is_file():
         return Check("tokenizer", True, "the folder has none, there is nothing to compare")
     if source is None:
         return Check("tokenizer", False, "the source has none to compare with: name one by --tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer = load_tokenizer(target, target)
     expected = _source_ids(source, tokenizer)
     if expected is None:
         return Check("tokenizer", True, f"{source} is not compared: neither SentencePiece nor Hugging Face")

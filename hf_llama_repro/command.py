@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from .errors import InputError
 
+_MAX_MESSAGE = 5000
+"""Characters; a damaged file may name something at any length."""
+
 
 def run(work: Callable[[], object], *, interrupted: str = "nothing was written") -> int:
     """The exit code of `work`: 0; 2 after an `InputError`, whose text is printed; 130 when it was interrupted.
@@ -21,7 +24,7 @@ def run(work: Callable[[], object], *, interrupted: str = "nothing was written")
     try:
         work()
     except (InputError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
@@ -29,3 +32,12 @@ def run(work: Callable[[], object], *, interrupted: str = "nothing was written")
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _printable(text: str) -> str:
+    """Without what would steer the terminal: names that a message quotes are those of a file."""
+    shown = text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + " …"
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
+        for letter in shown
+    )

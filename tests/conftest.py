@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from examples.demo import bring_model
 
@@ -11,6 +12,25 @@ pytest_plugins = ["sentencepiece_fixtures", "finetune_runs"]
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="searches of 2,000 cases, and the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    is_long = config.getoption("--long")
+    # Always the same cases: what fails once fails again.
+    search = settings(max_examples=2000 if is_long else 200, deadline=None, derandomize=True, database=None)
+    settings.register_profile("search", search)
+    settings.register_profile("costly search", search, max_examples=300 if is_long else 40)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: make test-long, or pytest --long"))
 
 
 @pytest.fixture(scope="session")

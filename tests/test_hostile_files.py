@@ -121,7 +121,7 @@ def test_damage_is_not_mistaken_for_code(tmp_path):
 
 # Where (a share of the file), and what stands there then.
 EDIT = st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4))
-searching = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+searching = settings.get_profile("search")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def assert_refused_or_converted(source, folder):
 
 
 def search(source, name, folder, *, first_bytes=None):
-    """Converts `source` with bytes of its file `name` changed, 200 times."""
+    """Converts `source` with bytes of its file `name` changed, again and again."""
     path = source / name
     content = path.read_bytes()
 
