@@ -21,7 +21,7 @@ demo: $(INSTALLED)  ## convert a real model, ask it, fine-tune it, ask again (GG
 test: lint type unit  ## lint, types and tests: what CI runs
 
 test-long: $(INSTALLED)  ## searches of 2,000 damaged files each, and sizes that take minutes
-	$(BIN)/python -m pytest --long $(PYTEST) tests/test_hostile_files.py tests/test_hostile_formats.py tests/test_at_size.py
+	$(BIN)/python -m pytest --long $(PYTEST) tests/test_hostile_*.py tests/test_at_size.py
 
 test-oldest: .venv-oldest/.installed  ## the tests with the oldest transformers that pyproject.toml allows
 	.venv-oldest/bin/python -m pytest $(PYTEST)

@@ -26,6 +26,8 @@ _LOCAL_HEADER, _ZIP64_FIELD, _FIELD_HEAD = 30, 20, 4  # bytes
 _ENCRYPTED = 1  # bit of a zip entry's flags
 _BLOCK = 1 << 24
 _AGAIN = "download it again"
+_MAX_REPEATED = 1 << 30
+"""Values of a tensor that stores fewer than it has, as expand() makes them; LLaMA 2's largest has 0.26e9."""
 _STORAGES: dict[torch.dtype, Any] = {
     torch.float64: torch.DoubleStorage,
     torch.float32: torch.FloatStorage,
@@ -144,14 +146,14 @@ def record_sizes(path: Path) -> Counter[int]:
 
 
 def check_storages(path: Path, tensors: dict[str, torch.Tensor], records: Counter[int] | None) -> None:
-    """Raises `CheckpointError` where a tensor stands for more than the file holds.
+    """Raises `CheckpointError` where a tensor stands for endlessly more than the file holds, or for other bytes.
 
     `records` are the sizes of a zip file's records; None: a file of torch before 1.6, which is no zip file.
     """
     storages: dict[int, int] = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
-        if tensor.numel() * tensor.itemsize > storage.nbytes():
+        if tensor.numel() > _MAX_REPEATED and tensor.numel() * tensor.itemsize > storage.nbytes():
             raise CheckpointError(
                 f"{path}: {name} has {tensor.numel():,} values, but the file holds only {storage.nbytes():,} bytes of "
                 f"them (a view that repeats values?): save it with tensor.contiguous()"

@@ -58,7 +58,6 @@ def rewrite_zip(path, *, compression=zipfile.ZIP_STORED, change=lambda name, con
 
 
 REFUSED_TENSORS = {
-    "expanded": (NORM, r"norm\.weight has 96 values, but the file holds only 4 bytes of them"),
     "endless": ("tok_embeddings.weight", "has 96,000,000,000,000 values, but the file holds only 4 bytes"),
     "endless rows and columns": (GATE, "has 1,000,000,000,000,000,000 values"),
     "without rows": (GATE, "has no matrix layers.0.feed_forward.w1.weight with values"),
