@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llama_repro.errors import CheckpointError
 
+from .awkward_texts import AWKWARD_TEXTS
+
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
@@ -30,43 +32,6 @@ _MAX_PIECE = 1000
 
 # Kinds of pieces, numbered as in SentencePiece's ModelProto and in GGUF's `tokenizer.ggml.token_type`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-
-# Where converted tokenizers went wrong before; each is encoded by SentencePiece and by the new tokenizer.
-AWKWARD_TEXTS = (
-    "",
-    " ",
-    "  ",
-    "a",
-    " a",
-    "a ",
-    "  leading and trailing  ",
-    *(" " * count for count in (3, 15, 16, 17, 31, 32, 33, 100)),
-    "a" + " " * 7 + "b" + " " * 18 + "c",
-    "\t",
-    "\t\tx\t y \t",
-    "def f(x):\n    if x:\n        return [\n            x,\n        ]\n\n\n\tpass\n",
-    "\n",
-    "\n\n \n  \n",
-    "line\r\nline\rline\x0b\x0c\x85\u2028\u2029end",
-    "\u00a0no-break\u2003em\u3000ideographic\u200bzero\ufeffmark",
-    "▁ ▁▁ a▁b",
-    "1234567890 3.14159 1,000,000 ½ ² ٣ 五",
-    "The quick brown fox's \"jumps\" -- over (the) lazy dog... don't!?",
-    "aaaaaaaaaaaaaaaaaaaaaaa ========================= ------------ .......",
-    "ﬁ ﬀ Å A\u030a é e\u0301 ẛ̣ ＡＢＣ ㎏ İ ß",
-    "Привет, мир. Γειά σου. שלום عليكم สวัสดี नमस्ते",
-    "你好，世界。龘䶮𠮷 こんにちは カタカナ 안녕하세요",
-    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇫🇷",
-    "".join(chr(code) for code in range(32)) + "\x7f\x80\x9f",
-    "a\x00b\x00",
-    "\U0010ffff\ue000\ufffd\ufffe",
-    "<s>",
-    "</s>",
-    "<unk>",
-    "<s> [INST] <<SYS>>\nx\n<</SYS>>\n\n</s><s>y</s> <unk>",
-    "<0x0A> <0x00><0xFF>",
-    "https://example.org/?q=%20&x=[1]#frag {'key': \\n}",
-)
 
 # In Meta's code each finished turn is a text of its own with its own BOS and EOS, and so are the pieces between two
 # control tokens here: SentencePiece's leading space comes back after each of them.

@@ -290,7 +290,8 @@ def _fill(module: Any, prefix: str, tensors: "dict[str, StoredTensor]") -> None:
 
 
 def _tokenizer(source: Path | None, target: Path) -> Check:
-    from .tokenizer import AWKWARD_TEXTS, load_tokenizer
+    from .awkward_texts import AWKWARD_TEXTS
+    from .tokenizer import load_tokenizer
 
     if not (target / "tokenizer.json").is_file():
         return Check("tokenizer", True, "the folder has none, there is nothing to compare")
@@ -313,7 +314,7 @@ def _source_ids(source: Path, tokenizer: Any) -> list[list[int]] | None:
     """Ids of the awkward texts, with the special tokens that the target puts around every text."""
     from tokenizers import Tokenizer
 
-    from .tokenizer import AWKWARD_TEXTS
+    from .awkward_texts import AWKWARD_TEXTS
 
     if source.suffix == ".model":
         from sentencepiece import SentencePieceProcessor
