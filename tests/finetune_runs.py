@@ -112,7 +112,13 @@ def run_command(recipe: Recipe, *arguments: str, **environment: str) -> subproce
 def kill_after(recipe: Recipe, step: int, how: signal.Signals) -> str:
     """Starts the run and ends it by a signal once `step` is in its metrics; what it printed."""
     process = subprocess.Popen(
-        command_line(recipe), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command_line(recipe),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell's background jobs ignore Ctrl-C, and hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not any("loss" in line and line["step"] >= step for line in metrics(recipe)):

@@ -204,6 +204,8 @@ def test_interrupted_command_leaves_nothing_and_says_so(meta, tmp_path, command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background jobs ignore Ctrl-C, and hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while (line := process.stdout.readline()) != "writing\n":
         assert line.startswith("space "), line
