@@ -338,7 +338,7 @@ def _loaded(load: Callable[[], Any], source: Path) -> Any:
     """What `load` brings. Raises `CheckpointError` where it cannot."""
     try:
         return load()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers raises Exception itself, and where it is surprised, not even that
         reason = " ".join(str(error).split())[:200]
@@ -456,7 +456,8 @@ def _copy_hugging_face(source: Path, target: Path, *, vocab_size: int) -> str:
     if rebuilds:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
 
-    _loaded(lambda: Tokenizer.from_file(str(file)), file)
+    # Some that load fail, or panic, at the first text.
+    _loaded(lambda: Tokenizer.from_file(str(file)).encode_batch(list(AWKWARD_TEXTS)), file)
     shutil.copyfile(file, target / "tokenizer.json")
     for name in _COPIED_FILES:
         if (folder / name).exists():

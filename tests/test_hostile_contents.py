@@ -197,6 +197,23 @@ def test_tokenizer_json_that_cannot_be_loaded_is_refused(meta, refused, tokenize
     refused(meta, "not a tokenizer that can be loaded", tokenizer=path)
 
 
+def without_its_unknown_token(content):
+    content["model"] |= {"unk_token": "", "byte_fallback": False}
+
+
+def without_the_token_that_it_adds(content):
+    content["post_processor"]["special_tokens"] = {}
+
+
+@pytest.mark.parametrize("change", [without_its_unknown_token, without_the_token_that_it_adds])
+def test_tokenizer_json_that_fails_at_a_text_is_refused(meta, refused, tokenizer_folder, change):
+    path = tokenizer_folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    refused(meta, "not a tokenizer that can be loaded", tokenizer=path)
+
+
 def test_code_of_a_tokenizer_is_not_run(tmp_path, meta, refused, tokenizer_folder, monkeypatch):
     """Nor is anybody asked whether it may be."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
