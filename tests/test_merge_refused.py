@@ -1,5 +1,6 @@
 """Adapters and bases that hf-llama-merge does not merge: one message, exit code 2, nothing written."""
 
+import re
 import shutil
 
 import pytest
@@ -34,7 +35,9 @@ def refused(tmp_path, capfd):
         capfd.readouterr()
         assert main([str(adapter), str(tmp_path / "ours"), *options]) == 2
         output = capfd.readouterr()
-        assert (output.out, output.err) == ("", f"error: {refusal.value}\n")
+        # The space is told before weights are read.
+        assert re.fullmatch(r"(space .*\n)?", output.out)
+        assert output.err == f"error: {refusal.value}\n"
         assert "\n" not in str(refusal.value)
         assert fingerprint(tmp_path) == before
         assert not list(tmp_path.rglob(".*"))
