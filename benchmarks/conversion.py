@@ -55,9 +55,10 @@ def write_random_meta(folder: Path, *, layers: int, dim: int, heads: int, shards
         with PthWriter(folder / f"consolidated.{rank:02d}.pth", layout) as writer:
             for number, (name, (shape, _)) in enumerate(layout.items()):
                 count = torch.Size(shape).numel()
-                start = (number * shards + rank) * 1_000_003 % (len(noise) - count)
+                norm = len(shape) == 1  # every shard has the same
+                start = (number * shards + (0 if norm else rank)) * 1_000_003 % (len(noise) - count)
                 values = noise[start : start + count].view(shape)
-                writer.add(name, 1 + values if len(shape) == 1 else values)
+                writer.add(name, 1 + values if norm else values)
             writer.finish()
     (folder / "params.json").write_text(json.dumps(params))
 
@@ -200,7 +201,9 @@ def main() -> int:
         size, seconds, peak = results[LARGEST]["bytes"], load["seconds"], load["peak"]
         print(f"loading {LARGEST}, {how}: {seconds:.0f} s, {peak / 1e9:.2f} GB, {peak / size:.2f} times the file")
     shutil.rmtree(arguments.folder)
-    draw({name: result for name, result in results.items() if name.startswith("7B")}, ROOT / "docs" / "conversion.png")
+    if len(arguments.layers) > 1:
+        of_7b = {name: result for name, result in results.items() if name.startswith("7B")}
+        draw(of_7b, ROOT / "docs" / "conversion.png")
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine(), "runs": results}, indent=2))
     for name, result in results.items():

@@ -250,7 +250,7 @@ def main() -> int:
     bring_models()
     split(arguments.data)
     results: dict[tuple[str, str], dict[str, Any]] = {}
-    print(machine(), end="\n\n", flush=True)
+    print(f"{machine()}; SmolLM2-135M", end="\n\n", flush=True)
     print("| | alpaca-lora, s | ours, s | faster | peak, GB | ours | held-out loss | ours | difference |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for precision in [arguments.precision] if arguments.precision else PRECISIONS:

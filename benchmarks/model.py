@@ -121,7 +121,7 @@ def machine() -> str:
             (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), cpu
         )
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    return f"{cpu}, {torch.get_num_threads()} threads; {versions}; SmolLM2-135M"
+    return f"{cpu}, {torch.get_num_threads()} threads; {versions}"
 
 
 def main() -> int:
@@ -131,7 +131,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    print(machine(), end="\n\n")
+    print(f"{machine()}; SmolLM2-135M", end="\n\n")
     print("| | dtype | upstream, tokens/s | ours, tokens/s | ratio | quartiles |\n|---|---|---|---|---|---|")
     figures = []
     for dtype_name, dtype in DTYPES.items():
