@@ -97,7 +97,10 @@ def read_params(path: Path) -> dict[str, Any]:
     """params.json as a dictionary; `CheckpointError` for a file that is missing, empty, or not JSON."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: it comes with the consolidated.NN.pth files")
-    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 ({error}): download it again") from None
     if not text:
         raise CheckpointError(f"{path} is empty: download it again")
     if text.startswith("<"):

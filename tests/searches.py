@@ -35,6 +35,21 @@ JSON_VALUES = st.one_of(
     st.lists(st.integers(-1, 3), max_size=3),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
+# What an entry of a safetensors header may say instead.
+SIZES = st.one_of(st.integers(0, 8), st.sampled_from([-1, 2**31, 2**32 + 1, 2**62, 2**63, 2**64, 10**12, 1.5, "4"]))
+ENTRIES = st.one_of(
+    st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from(
+                ["F32", "F16", "BF16", "F64", "I8", "U8", "BOOL", "C64", "F8_E4M3", "F4", "F6_E2M3", "F8_E8M0", "X"]
+            )
+        }
+    ),
+    st.fixed_dictionaries({"shape": st.one_of(st.lists(SIZES, max_size=9), st.just([2**32, 2**32, 1]), SIZES)}),
+    st.fixed_dictionaries({"data_offsets": st.lists(SIZES, max_size=3)}),
+    st.fixed_dictionaries({"more": JSON_VALUES}),
+)
+
 LEAST = 3
 """Cases that must be refused, and that must be converted, lest a search look at one kind only."""
 

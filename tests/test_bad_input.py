@@ -209,6 +209,7 @@ BAD_PARAMS = {
     "not JSON": ('{"dim": 96,', "is not valid JSON"),
     "nested without end": ("[" * 100_000, "is not valid JSON"),
     "a number of many digits": ('{"dim": ' + "9" * 5000 + "}", "is not valid JSON"),
+    "not UTF-8": (json.dumps({**meta_params(), "rope_theta": 5e5}).replace("theta", "th\udceb"), "is not UTF-8"),
     "list": ("[1, 2]", "holds a list, not a JSON object"),
     "null": ("null", "holds a NoneType"),
     "empty object": ("{}", "lacks dim, n_heads, n_layers, norm_eps"),
@@ -240,7 +241,7 @@ BAD_PARAMS = {
 @pytest.mark.parametrize(("content", "message"), BAD_PARAMS.values(), ids=BAD_PARAMS)
 def test_params_json(meta, refused, content, message):
     text = content if isinstance(content, str) else json.dumps({**meta_params(), **content})
-    (meta / "params.json").write_text(text)
+    (meta / "params.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     assert "params.json" in refused(meta, message=message)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import struct
 import zipfile
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from meta_checkpoints import meta_params, meta_weights, write_meta
 from random_models import random_model, stock_twin, tiny_config
 from searches import (
+    ENTRIES,
     JSON_BYTES,
     JSON_VALUES,
+    REPLACEMENT,
     Search,
     assert_same,
     meta_says,
@@ -36,31 +39,58 @@ def tiny_meta(tmp_path, request):
     return write_meta(tmp_path / "meta", params, meta_weights(params, vocab=6), shards=shards)
 
 
-@pytest.fixture
-def meta_search(tiny_meta, tmp_path):
+def search_of(source, folder, says):
+    """Conversions of `source`, which must have the tensors that `says` reads in it."""
     return Search(
-        tmp_path / "target",
-        functools.partial(convert, tiny_meta, with_tokenizer=False, allow_nonfinite=True),
-        lambda target: assert_same(tensors_of(target), meta_says(tiny_meta)),
+        folder,
+        functools.partial(convert, source, with_tokenizer=False, allow_nonfinite=True),
+        lambda target: assert_same(tensors_of(target), says(source)),
     )
 
 
+@pytest.fixture
+def meta_search(tiny_meta, tmp_path):
+    return search_of(tiny_meta, tmp_path / "target", meta_says)
+
+
+@pytest.mark.parametrize("replacement", [REPLACEMENT, JSON_BYTES], ids=["any", "JSON"])
+def test_bytes_of_a_params_json(tiny_meta, meta_search, replacement):
+    path = tiny_meta / "params.json"
+    search_bytes(path, meta_search, range(path.stat().st_size), replacement=replacement)
+    assert meta_search.refused
+
+
+def test_values_of_a_params_json(tiny_meta, meta_search):
+    more = ["ffn_dim_multiplier", "rope_theta", "head_dim", "max_seq_len"]
+    search_json(tiny_meta / "params.json", meta_search, st.sampled_from([*meta_params(), *more]))
+    meta_search.assert_both_kinds()
+
+
 def zip_positions(path):
-    """Bytes of a zip file's local headers, and of its directory with what follows."""
+    """Positions of bytes in a zip file of torch's: local headers, the pickle, the values, the directory and its end."""
+    content = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
-        starts = [entry.header_offset for entry in archive.infolist()]
-        start = archive.start_dir
-    return [at + byte for at in starts for byte in range(30)], range(start, path.stat().st_size)
+        entries, directory = archive.infolist(), archive.start_dir
+    parts = {"local headers": [], "pickle": [], "values": [], "directory": [*range(directory, len(content))]}
+    for entry in entries:
+        start = entry.header_offset
+        parts["local headers"] += range(start, start + 30)
+        start += 30 + sum(struct.unpack_from("<2H", content, start + 26))
+        if entry.filename.endswith("data.pkl"):
+            parts["pickle"] += range(start, start + entry.file_size)
+        elif "/data/" in entry.filename:
+            parts["values"] += range(start, start + entry.file_size)
+    return parts
 
 
-@pytest.mark.parametrize("part", ["local headers", "directory"])
-def test_zip_headers_of_a_shard(tiny_meta, meta_search, part):
+@pytest.mark.parametrize("part", ["local headers", "pickle", "values", "directory"])
+def test_bytes_of_a_shard(tiny_meta, meta_search, part):
     path = tiny_meta / "consolidated.01.pth"
-    headers, directory = zip_positions(path)
-    # The values are not touched, and torch's own reading without memory-mapping is misled by some of these changes.
-    expected = meta_says(tiny_meta)
-    meta_search.holds = lambda target: assert_same(tensors_of(target), expected)
-    search_bytes(path, meta_search, headers if part == "local headers" else directory)
+    if part in ("local headers", "directory"):
+        # The values are not touched, and torch's own reading without memory-mapping is misled by some of the changes.
+        expected = meta_says(tiny_meta)
+        meta_search.holds = lambda target: assert_same(tensors_of(target), expected)
+    search_bytes(path, meta_search, zip_positions(path)[part])
     meta_search.assert_both_kinds()
 
 
@@ -107,26 +137,7 @@ def stock(tmp_path):
 
 @pytest.fixture
 def stock_search(stock, tmp_path):
-    return Search(
-        tmp_path / "target",
-        functools.partial(convert, stock, with_tokenizer=False, allow_nonfinite=True),
-        lambda target: assert_same(tensors_of(target), stock_says(stock)),
-    )
-
-
-SIZES = st.one_of(st.integers(0, 8), st.sampled_from([-1, 2**31, 2**32 + 1, 2**62, 2**63, 2**64, 10**12, 1.5, "4"]))
-ENTRIES = st.one_of(
-    st.fixed_dictionaries(
-        {
-            "dtype": st.sampled_from(
-                ["F32", "F16", "BF16", "F64", "I8", "U8", "BOOL", "C64", "F8_E4M3", "F4", "F6_E2M3", "F8_E8M0", "X"]
-            )
-        }
-    ),
-    st.fixed_dictionaries({"shape": st.one_of(st.lists(SIZES, max_size=9), st.just([2**32, 2**32, 1]), SIZES)}),
-    st.fixed_dictionaries({"data_offsets": st.lists(SIZES, max_size=3)}),
-    st.fixed_dictionaries({"more": JSON_VALUES}),
-)
+    return search_of(stock, tmp_path / "target", stock_says)
 
 
 def test_header_of_a_safetensors_file(stock, stock_search):
@@ -146,6 +157,12 @@ def test_header_of_a_safetensors_file(stock, stock_search):
         stock_search.case()
 
     check()
+    stock_search.assert_both_kinds()
+
+
+def test_bytes_of_a_safetensors_file(stock, stock_search):
+    path = min(stock.glob("*.safetensors"))
+    search_bytes(path, stock_search, range(path.stat().st_size))
     stock_search.assert_both_kinds()
 
 
