@@ -234,22 +234,31 @@ def _relative(found: "torch.Tensor", expected: "torch.Tensor") -> float:
 
 
 def _compared(found: "torch.Tensor", expected: "torch.Tensor") -> dict[str, Any]:
-    """Figures on two sides' logits (tokens, vocabulary), of the tokens whose logits are finite in the source."""
+    """Figures on two sides' logits (tokens, vocabulary), of the tokens whose logits are finite in the source.
+
+    The divergence is infinite where others are finite than in the source.
+    """
     rows = expected.isfinite().all(dim=-1)
-    if not rows.any():
-        return dict.fromkeys(("logits_max_difference", "logits_max", "kl_mean"), 0.0) | {
-            "top_1_agreement": 1.0,
-            "tokens_compared": 0,
+    figures: dict[str, Any] = {"tokens_compared": int(rows.sum())}
+    if not expected.isfinite().equal(found.isfinite()):
+        figures |= {
+            "logits_max_difference": math.inf,
+            "logits_max": math.inf,
+            "kl_mean": math.inf,
+            "top_1_agreement": 0.0,
         }
-    found, expected = found[rows], expected[rows]
-    ours, right = (values.double().log_softmax(dim=-1) for values in (found, expected))
-    return {
-        "logits_max_difference": float((found - expected).abs().max()),
-        "logits_max": float(expected.abs().max()),
-        "kl_mean": float((right.exp() * (right - ours)).sum(dim=-1).mean()),
-        "top_1_agreement": float((found.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean()),
-        "tokens_compared": int(rows.sum()),
-    }
+    elif not rows.any():
+        figures |= {"logits_max_difference": 0.0, "logits_max": 0.0, "kl_mean": 0.0, "top_1_agreement": 1.0}
+    else:
+        found, expected = found[rows], expected[rows]
+        ours, right = (values.double().log_softmax(dim=-1) for values in (found, expected))
+        figures |= {
+            "logits_max_difference": float((found - expected).abs().max()),
+            "logits_max": float(expected.abs().max()),
+            "kl_mean": float((right.exp() * (right - ours)).sum(dim=-1).mean()),
+            "top_1_agreement": float((found.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean()),
+        }
+    return figures
 
 
 def _states(folder: Path, target: "Source", tokens: "torch.Tensor", num_layers: int) -> "Iterator[torch.Tensor]":

@@ -53,20 +53,30 @@ def test_a_right_conversion_passes(tmp_path, heads, shards, model_type):
     assert figures["top_1_agreement"] == 1
 
 
-@pytest.mark.parametrize("name", ["layers.1.feed_forward.w2.weight", "tok_embeddings.weight", "output.weight"])
-def test_a_source_with_nan_is_not_held_against_its_conversion(tmp_path, name):
-    source = source_folder(tmp_path / "meta")
-    path = source / "consolidated.00.pth"
+@pytest.mark.parametrize(
+    ("name", "parts_at"),
+    [
+        ("layers.1.feed_forward.w2.weight", "layer 1"),
+        ("tok_embeddings.weight", "the embedding"),
+        ("output.weight", "the output matrix"),
+    ],
+)
+def test_a_source_with_nan_is_not_held_against_its_conversion(tmp_path, name, parts_at):
+    clean = source_folder(tmp_path / "clean")
+    damaged = source_folder(tmp_path / "damaged")
+    path = damaged / "consolidated.00.pth"
     weights = torch.load(path, weights_only=True)
     weights[name][:, 3] = math.nan
     torch.save(weights, path)
-    convert(source, tmp_path / "ours", allow_nonfinite=True, verify=True)
-    (computation,) = (check for check in verify(source, tmp_path / "ours") if check.name == "computation")
+    convert(clean, tmp_path / "ours")
+    convert(damaged, tmp_path / "ours with NaN", allow_nonfinite=True, verify=True)
+    (computation,) = (check for check in verify(damaged, tmp_path / "ours with NaN") if check.name == "computation")
     assert "tokens have no finite logits in the source either" in computation.found
-    # Negative control: what is NaN on one side only.
-    weights[name][:, 3] = 0
-    torch.save(weights, path)
-    assert {"weights", "computation"} <= failed(verify(source, tmp_path / "ours")).keys()
+    # Negative control: NaN on one side only.
+    for source, target in ((clean, "ours with NaN"), (damaged, "ours")):
+        checks = failed(verify(source, tmp_path / target))
+        assert checks.keys() == {"weights", "computation"}
+        assert checks["computation"].figures["parts_at"] == parts_at
 
 
 def test_a_cast_is_told_and_not_held_against_it(tmp_path):
