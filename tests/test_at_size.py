@@ -1,6 +1,6 @@
 """LLaMA 7B's shape, 13.5 GB, random: memory, both ways, other shards, kills, planted faults. `make test-long`.
 
-Needs 45 GB of disk under the folder of temporary files.
+Needs 55 GB of disk under the folder of temporary files.
 """
 
 import json
