@@ -139,7 +139,8 @@ def meta_says(folder: Path):
     The output matrix is left out where it is the embedding.
     """
     params = json.loads((folder / "params.json").read_text())
-    shards = [torch.load(path, weights_only=True) for path in sorted(folder.glob("consolidated.*.pth"))]
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    shards = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
     heads = {"wq": params["n_heads"], "wk": params.get("n_kv_heads") or params["n_heads"]}
     says = {}
     for name in shards[0]:
