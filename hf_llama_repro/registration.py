@@ -25,6 +25,9 @@ def _register_models() -> None:
 
     from . import modeling_llama_repro as modeling
     from .configuration_llama_repro import LlamaReproConfig
+    from .cpu_kernel import one_token_linear
+
+    modeling.one_token_linear = one_token_linear
 
     for auto_class, model_class in (
         ("AutoModel", modeling.LlamaReproModel),

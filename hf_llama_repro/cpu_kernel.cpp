@@ -12,10 +12,13 @@
 #include <cstring>
 #include <limits>
 #include <omp.h>
+#include <type_traits>
 #include <vector>
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define BF16_PRODUCTS 1
 #endif
 
@@ -103,12 +106,41 @@ static inline floats load(const bf16 *at) {
     return values;
 }
 static inline floats load(const int8_t *at) {
-    return __builtin_convertvector(__builtin_convertvector(load_as<bytes>(at), integers), floats);
+#ifdef __AVX512F__
+    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
+#else
+    return __builtin_convertvector(load_as<bytes>(at), floats);
+#endif
 }
 static inline float sum(floats x) {
     float total = 0;
     for (int lane = 0; lane < LANES; ++lane) total += x[lane];
     return total;
+}
+
+// e^x to fp32's precision, for x <= 0; 0 below -87. With x = n ln 2 + r: 2^n times a polynomial in r (Cephes' expf).
+static inline floats exponential(floats x) {
+    const floats scaled = x * 1.44269504f - 0.5f;
+    const integers n = __builtin_convertvector(scaled, integers);  // towards zero, which is up here
+    const floats whole = __builtin_convertvector(n, floats);
+    const floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    floats y = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    const integers power = (n + 127) << 23;
+    floats factor;
+    std::memcpy(&factor, &power, sizeof(factor));
+    const integers kept = x > -87.0f;
+    const floats product = y * factor;
+    integers bits;
+    std::memcpy(&bits, &product, sizeof(bits));
+    bits &= kept;
+    floats result;
+    std::memcpy(&result, &bits, sizeof(result));
+    return result;
 }
 
 // Products of a weight row with an activation row. A kind of activation says how many are taken at a time and how.
@@ -414,9 +446,11 @@ template <class P, class T> class Pass {
         float *mixed = shared.mixed.data() + at * size;
         std::fill(mixed, mixed + size, 0.0f);
         if (largest > NOTHING) {
-            for (int64_t key = 0; key < last - first; ++key) {
-                scores[key] = std::exp(scores[key] - largest);
-                weight_sum += scores[key];
+            std::fill(scores.begin() + (last - first), scores.end(), NOTHING);  // up to a whole vector
+            for (int64_t key = 0; key < last - first; key += LANES) {
+                const floats weights = exponential(load(scores.data() + key) - largest);
+                std::memcpy(scores.data() + key, &weights, sizeof(weights));
+                weight_sum += sum(weights);
             }
             for (int64_t key = first; key < last; ++key) add_scaled(mixed, scores[key - first], values + key * size, size);
         }
@@ -488,11 +522,53 @@ template <class P, class T> static void forward(const Model &model, const Step &
     Pass<P, T>(model, step, shared, omp_get_thread_num(), omp_get_num_threads()).run();
 }
 
-extern "C" void llama_repro_forward(const Model *model, const Step *step) {
-    if (model->dtype == FP32) forward<FloatProducts, float>(*model, *step);
+template <class P, class T>
+static void linear(const Linear &matrix, const T *inputs, T *outputs, int64_t tokens, int32_t threads) {
+    typedef typename P::X X;
+    std::vector<X> converted;
+    if (!std::is_same<X, T>::value) {
+        converted.resize(tokens * matrix.columns);
+        for (size_t i = 0; i < converted.size(); ++i) store(&converted[i], to_float(inputs[i]));
+    }
+    const X *x = converted.empty() ? (const X *)inputs : converted.data();
+#pragma omp parallel num_threads(threads)
+    {
+        const Share mine(matrix.rows, omp_get_thread_num(), omp_get_num_threads());
+        std::vector<float> block(BLOCK * tokens);
+        apply<P, T>(matrix, mine.first, mine.last, x, tokens, block.data(),
+                    [=](int64_t row, int64_t token, float value) { store(outputs + token * matrix.rows + row, value); });
+    }
+}
+
+template <class T> static void dequantize(const int8_t *weight, const float *factor, T *outputs, int64_t rows, int64_t columns, int32_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t i = row * columns; i < (row + 1) * columns; ++i) store(outputs + i, weight[i] * factor[row]);
+}
+
 #ifdef BF16_PRODUCTS
-    else forward<HalfProducts, bf16>(*model, *step);
+typedef HalfProducts Bf16Products;
 #else
-    else forward<FloatProducts, bf16>(*model, *step);
+typedef FloatProducts Bf16Products;
 #endif
+
+extern "C" {
+
+void llama_repro_forward(const Model *model, const Step *step) {
+    if (model->dtype == FP32) forward<FloatProducts, float>(*model, *step);
+    else forward<Bf16Products, bf16>(*model, *step);
+}
+
+void llama_repro_linear(const void *weight, const void *bias, const void *inputs, void *outputs, int64_t rows, int64_t columns,
+                        int64_t tokens, int32_t dtype, int32_t threads) {
+    const Linear matrix = {weight, nullptr, bias, rows, columns, dtype};
+    if (dtype == FP32) linear<FloatProducts>(matrix, (const float *)inputs, (float *)outputs, tokens, threads);
+    else linear<Bf16Products>(matrix, (const bf16 *)inputs, (bf16 *)outputs, tokens, threads);
+}
+
+void llama_repro_dequantize(const void *weight, const float *factor, void *outputs, int64_t rows, int64_t columns, int32_t dtype,
+                            int32_t threads) {
+    if (dtype == FP32) dequantize((const int8_t *)weight, factor, (float *)outputs, rows, columns, threads);
+    else dequantize((const int8_t *)weight, factor, (bf16 *)outputs, rows, columns, threads);
+}
 }

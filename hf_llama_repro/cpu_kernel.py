@@ -1,0 +1,211 @@
+"""The compiled code for decoding on a CPU: built by the machine's C++ compiler when first needed, then kept.
+
+PyTorch multiplies one row with a matrix at a third of the speed of the memory; `cpu_kernel.cpp` reads at all of it.
+Where no compiler is, `load` says why, and the model computes with PyTorch alone.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from .errors import InputError
+
+logger = logging.get_logger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
+# Not -ffast-math: linked into a library it would make denormal numbers zero in all of the process.
+FLAGS = (
+    "-std=gnu++17 -O3 -march=native -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math -fassociative-math "
+    "-fno-signed-zeros -w"
+).split()
+COMPILERS = ("c++", "g++", "clang++")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # enum Dtype
+FLOATS = (torch.float32, torch.bfloat16)
+SWITCH = "HF_LLAMA_REPRO_KERNEL"
+
+
+class KernelError(InputError):
+    """The compiled code is not to be had; says why and what to do."""
+
+
+class Linear(ctypes.Structure):
+    """A weight matrix where it lies: see `struct Linear`."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """See `struct Layer`."""
+
+    _fields_ = [
+        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("input_norm", ctypes.c_void_p),
+        ("post_attention_norm", ctypes.c_void_p),
+    ]
+
+
+class Model(ctypes.Structure):
+    """See `struct Model`."""
+
+    _fields_ = [
+        ("layers", ctypes.POINTER(Layer)),
+        ("norm", ctypes.c_void_p),
+        ("head", Linear),
+        *((name, ctypes.c_int64) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate")),
+        ("eps", ctypes.c_float),
+        ("scaling", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class Step(ctypes.Structure):
+    """See `struct Step`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("hidden", "cos", "sin", "mask", "keys", "values", "logits")),
+        *((name, ctypes.c_int64) for name in ("batch", "seq", "past", "capacity", "kept", "angles_batch")),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+_pointer, _number = ctypes.c_void_p, ctypes.c_int64
+SIGNATURES = {
+    "llama_repro_forward": [ctypes.POINTER(Model), ctypes.POINTER(Step)],
+    # weight, bias, inputs, outputs, rows, columns, tokens, dtype, threads
+    "llama_repro_linear": [_pointer] * 4 + [_number] * 3 + [ctypes.c_int32] * 2,
+    # weight, factor, outputs, rows, columns, dtype, threads
+    "llama_repro_dequantize": [_pointer] * 3 + [_number] * 2 + [ctypes.c_int32] * 2,
+}
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library, built if it is not there yet (5 s). `KernelError` says why there is none."""
+    if os.environ.get(SWITCH, "on") == "off":
+        raise KernelError(f"the compiled CPU code is switched off by {SWITCH}=off in the environment: unset it")
+    compiler = os.environ.get("CXX") or next((name for name in COMPILERS if shutil.which(name)), None)
+    if platform.system() == "Windows" or compiler is None or shutil.which(compiler) is None:
+        raise KernelError(
+            f"no C++ compiler was found (looked for {compiler or ', '.join(COMPILERS)}), which decoding on a CPU needs "
+            "for its full speed: install one (Debian, Ubuntu: apt install g++), or name one in CXX"
+        )
+    library = ctypes.CDLL(str(_built(compiler)))
+    for name, arguments in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the compiled code is there; builds it. A failure is logged once."""
+    try:
+        load()
+    except KernelError as error:
+        logger.info("decoding without compiled code: %s", error)
+        return False
+    return True
+
+
+def cache_folder() -> Path:
+    """Where what was built is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_llama_repro"
+
+
+def _built(compiler: str) -> Path:
+    """The library's file. Its name tells source, flags, compiler and processor: a home may be shared by machines."""
+    version = _run([compiler, "--version"]).splitlines()[0]
+    parts = [SOURCE.read_text(), *FLAGS, version, platform.machine(), _processor()]
+    name = f"cpu_kernel-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    folder = cache_folder()
+    if (folder / name).is_file():
+        return folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            logger.warning_once("hf_llama_repro: compiling its code for this CPU, once (some 5 s)")
+            _run([compiler, *FLAGS, str(SOURCE), "-o", str(Path(aside) / name), "-lm"])
+            os.replace(Path(aside) / name, folder / name)  # whole, whoever else is building it
+    except OSError as error:
+        raise KernelError(f"{folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can") from error
+    return folder / name
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise KernelError(
+            f"the C++ compiler failed (exit code {done.returncode}) at {' '.join(command)}: {done.stderr.strip()[:1000]}\n"
+            "Name another compiler in CXX"
+        )
+    return done.stdout
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.processor()]
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+
+
+MOST_TOKENS = 16  # of a batch; above, PyTorch's matrix product is as fast
+
+
+def one_token_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """`F.linear` of (batch, 1, columns) in fp32 or bf16, for inference; None where PyTorch is to do it.
+
+    That is so while something watches or changes what PyTorch does (gradients, autocast, a compiler, a tracer), and
+    for tensors that are not plain memory of this machine.
+    """
+    tokens = x.numel() // x.shape[-1]
+    if (
+        torch.is_grad_enabled()
+        or tokens > MOST_TOKENS
+        or weight.dtype not in FLOATS
+        or x.dtype != weight.dtype
+        or type(x) is not torch.Tensor
+        or type(weight) is not torch.nn.Parameter
+        or not weight.is_contiguous()
+        or weight.device.type != "cpu"
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not available()
+    ):
+        return None
+    return linear(x, weight, bias)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` of few rows (..., columns), fp32 or bf16; sums are fp32."""
+    rows, columns = weight.shape
+    x = x.contiguous()
+    outputs = x.new_empty(*x.shape[:-1], rows)
+    load().llama_repro_linear(
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        x.data_ptr(),
+        outputs.data_ptr(),
+        rows,
+        columns,
+        x.numel() // columns,
+        DTYPES[weight.dtype],
+        torch.get_num_threads(),
+    )
+    return outputs
