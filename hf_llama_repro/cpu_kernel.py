@@ -1,6 +1,6 @@
 """The compiled code for decoding on a CPU: built by the machine's C++ compiler when first needed, then kept.
 
-PyTorch multiplies one row with a matrix at a third of the speed of the memory; `cpu_kernel.cpp` reads at all of it.
+PyTorch multiplies one row with a matrix at a third of the speed of the memory; `kernel/` reads at all of it.
 Where no compiler is, `load` says why, and the model computes with PyTorch alone.
 """
 
@@ -21,7 +21,7 @@ from .errors import InputError
 
 logger = logging.get_logger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
+SOURCES = Path(__file__).with_name("kernel")
 # Not -ffast-math: linked into a library it would make denormal numbers zero in all of the process.
 FLAGS = (
     "-std=gnu++17 -O3 -march=native -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math -fassociative-math "
@@ -84,11 +84,25 @@ class Step(ctypes.Structure):
     ]
 
 
+class Attention(ctypes.Structure):
+    """See `struct Attention`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "output")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "seq", "total", "head_dim")),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("query", "key", "value", "mask")),
+        ("scaling", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
+
+
 _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
     "llama_repro_forward": [ctypes.POINTER(Model), ctypes.POINTER(Step)],
     # weight, bias, inputs, outputs, rows, columns, tokens, dtype, threads
     "llama_repro_linear": [_pointer] * 4 + [_number] * 3 + [ctypes.c_int32] * 2,
+    "llama_repro_attention": [ctypes.POINTER(Attention)],
     # weight, factor, outputs, rows, columns, dtype, threads
     "llama_repro_dequantize": [_pointer] * 3 + [_number] * 2 + [ctypes.c_int32] * 2,
 }
@@ -131,7 +145,13 @@ def cache_folder() -> Path:
 def _built(compiler: str) -> Path:
     """The library's file. Its name tells source, flags, compiler and processor: a home may be shared by machines."""
     version = _run([compiler, "--version"]).splitlines()[0]
-    parts = [SOURCE.read_text(), *FLAGS, version, platform.machine(), _processor()]
+    parts = [
+        *(file.read_text() for file in sorted(SOURCES.iterdir())),
+        *FLAGS,
+        version,
+        platform.machine(),
+        _processor(),
+    ]
     name = f"cpu_kernel-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     folder = cache_folder()
     if (folder / name).is_file():
@@ -140,10 +160,12 @@ def _built(compiler: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             logger.warning_once("hf_llama_repro: compiling its code for this CPU, once (some 5 s)")
-            _run([compiler, *FLAGS, str(SOURCE), "-o", str(Path(aside) / name), "-lm"])
+            _run([compiler, *FLAGS, str(SOURCES / "kernel.cpp"), "-o", str(Path(aside) / name), "-lm"])
             os.replace(Path(aside) / name, folder / name)  # whole, whoever else is building it
     except OSError as error:
-        raise KernelError(f"{folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can") from error
+        raise KernelError(
+            f"{folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can"
+        ) from error
     return folder / name
 
 
@@ -161,35 +183,9 @@ def _processor() -> str:
     """What -march=native depends on."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.processor()]
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
-
-
-MOST_TOKENS = 16  # of a batch; above, PyTorch's matrix product is as fast
-
-
-def one_token_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """`F.linear` of (batch, 1, columns) in fp32 or bf16, for inference; None where PyTorch is to do it.
-
-    That is so while something watches or changes what PyTorch does (gradients, autocast, a compiler, a tracer), and
-    for tensors that are not plain memory of this machine.
-    """
-    tokens = x.numel() // x.shape[-1]
-    if (
-        torch.is_grad_enabled()
-        or tokens > MOST_TOKENS
-        or weight.dtype not in FLOATS
-        or x.dtype != weight.dtype
-        or type(x) is not torch.Tensor
-        or type(weight) is not torch.nn.Parameter
-        or not weight.is_contiguous()
-        or weight.device.type != "cpu"
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or not available()
-    ):
-        return None
-    return linear(x, weight, bias)
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    )
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -209,3 +205,27 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         torch.get_num_threads(),
     )
     return outputs
+
+
+def attention(
+    query: torch.Tensor,  # (batch, heads, seq, head_dim)
+    key: torch.Tensor,  # (batch, kv_heads, total, head_dim)
+    value: torch.Tensor,
+    mask: torch.Tensor | None,  # bool, (batch, 1 or heads, seq, total); None: causal, and total is seq
+    scaling: float,
+) -> torch.Tensor:
+    """softmax(QK^T * scaling) V, (batch, seq, heads, head_dim), of fp32 or bf16 tensors; head_dim is even."""
+    batch, heads, seq, head_dim = query.shape
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    output = query.new_empty(batch, seq, heads, head_dim)
+    if mask is not None:
+        mask = mask.expand(batch, heads, seq, key.shape[2])
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    strides = [(_number * 3)(*x.stride()[:3]) if x is not None else (_number * 3)() for x in (query, key, value, mask)]
+    work = Attention(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), None if mask is None else mask.data_ptr(), output.data_ptr(),
+        batch, heads, key.shape[1], seq, key.shape[2], head_dim, *strides, scaling, DTYPES[query.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    load().llama_repro_attention(ctypes.byref(work))
+    return output

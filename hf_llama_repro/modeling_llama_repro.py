@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
@@ -36,77 +35,17 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_llama_repro import AUTO_MAP, LlamaReproConfig
 
 
-# `F.linear` of one token a sequence, on a CPU: set by the installed package (`cpu_kernel`), and None where this file
-# lies beside a checkpoint.
-one_token_linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None] | None = None
+# What the installed package adds for speed (`fast_paths`): name -> what is called in place of the plain way, which is
+# all there is where this file lies beside a checkpoint.
+FAST_PATHS: dict[str, Callable] = {}
 
 
 class LlamaReproLinear(nn.Linear):
     """nn.Linear; PyTorch reads the weight at a third of the memory's speed where it is multiplied with one token."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[-2] == 1 and one_token_linear is not None:
-            output = one_token_linear(x, self.weight, self.bias)
-            if output is not None:
-                return output
-        return F.linear(x, self.weight, self.bias)
-
-
-class LlamaReproCacheLayer(DynamicLayer):
-    """Keys and values of one layer (batch, kv_heads, total, head_dim), with room for the tokens that follow.
-
-    transformers' layer copies all of itself for every token; this one every `ROOM` tokens. What was handed out is never
-    written to again: after a crop, or in a second cache that shares the memory, the next token finds no room.
-    """
-
-    ROOM = 256
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._room: dict[str, tuple[torch.Tensor, int]] = {}  # name -> (batch, kv_heads, room, head_dim), tokens in it
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends (batch, kv_heads, seq, head_dim) to each, and returns all of both."""
-        # Autograd must not see a tensor change, and a compiler makes a cache of its own.
-        if key_states.requires_grad or value_states.requires_grad or torch.compiler.is_compiling():
-            return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = self._appended("keys", self.keys, key_states)
-        self.values = self._appended("values", self.values, value_states)
-        return self.keys, self.values
-
-    def _appended(self, name: str, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        length = past.shape[-2] if past.dim() == new.dim() else 0
-        total = length + new.shape[-2]
-        room, filled = self._room.get(name, (past, -1))
-        if not (
-            filled == length
-            and total <= room.shape[-2]
-            and room.shape[:-2] == past.shape[:-2] == new.shape[:-2]
-            and room.data_ptr() == past.data_ptr()
-            and room.dtype == new.dtype
-            and room.is_inference() == torch.is_inference_mode_enabled()  # others may not be written to
-        ):
-            room = new.new_empty(*new.shape[:-2], total + self.ROOM, new.shape[-1])
-            if length:
-                room[..., :length, :] = past
-        room[..., length:total, :] = new
-        self._room[name] = room, total
-        return room[..., :total, :]
-
-
-def give_room(cache: Cache | None) -> None:
-    """Makes layers with room of those of a `DynamicCache` that nothing is in yet."""
-    if type(cache) is not DynamicCache or cache.offloading:
-        return
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = LlamaReproCacheLayer
-    for number, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[number] = LlamaReproCacheLayer()
+        output = FAST_PATHS["one_token_linear"](x, self.weight, self.bias) if "one_token_linear" in FAST_PATHS else None
+        return F.linear(x, self.weight, self.bias) if output is None else output
 
 
 class LlamaReproRMSNorm(nn.Module):
@@ -218,24 +157,6 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def one_query_attention(
-    query: torch.Tensor,  # (batch, heads, 1, head_dim)
-    key: torch.Tensor,  # (batch, kv_heads, total, head_dim)
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # (batch, 1, 1, total)
-    scaling: float,
-) -> torch.Tensor:
-    """Attention of one token (batch, 1, heads, head_dim): heads that share K and V are the rows of one product."""
-    batch, kv_heads, _, head_dim = key.shape
-    rows = query.reshape(batch, kv_heads, -1, head_dim)
-    output = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.reshape(batch, 1, -1, head_dim)
-
-
-# What callers may pass on to transformers' SDPA that `one_query_attention` does not know.
-SDPA_OPTIONS = {"position_bias", "cache", "output_attentions", "softcap"}
-
-
 class LlamaReproAttention(nn.Module):
     """Causal self-attention with rotary positions.
 
@@ -283,12 +204,9 @@ class LlamaReproAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (batch, kv_heads, total, head_dim)
 
-        if self._is_one_query(query, kwargs):
-            attn_output = one_query_attention(query, key, value, attention_mask, self.scaling)
-            return self.o_proj(attn_output.reshape(*hidden_states.shape[:-1], -1)), None
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+        implementation = self.config._attn_implementation
+        attention_interface: Callable = FAST_PATHS.get(implementation) or ALL_ATTENTION_FUNCTIONS.get_interface(
+            implementation, eager_attention_forward
         )
         attn_output, attn_weights = attention_interface(
             self,
@@ -301,19 +219,6 @@ class LlamaReproAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(attn_output.reshape(*hidden_states.shape[:-1], -1)), attn_weights
-
-
-    def _is_one_query(self, query: torch.Tensor, options: dict) -> bool:
-        """Whether a CPU decodes one token; its SDPA takes each query head of a group by itself."""
-        return (
-            query.shape[2] == 1
-            and query.device.type == "cpu"
-            and self.config._attn_implementation == "sdpa"
-            and self.num_key_value_groups > 1
-            and not self.training
-            and not options.keys() & SDPA_OPTIONS
-            and not torch.compiler.is_compiling()
-        )
 
 
 class LlamaReproDecoderLayer(GradientCheckpointingLayer):
@@ -397,8 +302,8 @@ class LlamaReproModel(LlamaReproPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if not torch.is_grad_enabled():
-            give_room(past_key_values)
+        if "cache" in FAST_PATHS:
+            FAST_PATHS["cache"](past_key_values)
         if position_ids is None:
             num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + num_cached

@@ -25,9 +25,9 @@ def _register_models() -> None:
 
     from . import modeling_llama_repro as modeling
     from .configuration_llama_repro import LlamaReproConfig
-    from .cpu_kernel import one_token_linear
+    from .fast_paths import FAST_PATHS
 
-    modeling.one_token_linear = one_token_linear
+    modeling.FAST_PATHS.update(FAST_PATHS)
 
     for auto_class, model_class in (
         ("AutoModel", modeling.LlamaReproModel),

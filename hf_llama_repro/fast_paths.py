@@ -1,0 +1,172 @@
+"""Faster ways of what the model does, in inference: one-token products, attention on a CPU, a cache that does not copy.
+
+The model file asks for them by name (`FAST_PATHS`); each gives the plain way's result, to rounding, or leaves the work
+to it. A compiler and a tracer see the plain ways only.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from . import cpu_kernel
+
+MOST_TOKENS = 16
+"""Of a batch, in a product with one token a sequence; above, PyTorch's matrix product is as fast."""
+
+
+def _observed() -> bool:
+    """Whether something watches or changes what PyTorch does: gradients, autocast, a compiler, a tracer."""
+    return (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    )
+
+
+def _plain(*tensors: torch.Tensor) -> bool:
+    """Whether these are fp32 or bf16 numbers in this machine's memory, all of one dtype."""
+    return all(
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype in cpu_kernel.FLOATS
+        and tensor.dtype == tensors[0].dtype
+        for tensor in tensors
+    )
+
+
+def one_token_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """`F.linear` of (batch, 1, columns); None where the plain way is to be taken."""
+    if x.dim() != 3 or x.shape[1] != 1 or x.shape[0] > MOST_TOKENS or _observed():
+        return None
+    if not _plain(x, weight, *(() if bias is None else (bias,))) or not weight.is_contiguous():
+        return None
+    return cpu_kernel.linear(x, weight, bias) if cpu_kernel.available() else None
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,  # (batch, heads, seq, head_dim)
+    key: torch.Tensor,  # (batch, kv_heads, total, head_dim)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: what `sdpa` computes, (batch, seq, heads, head_dim)."""
+    if _observed() or dropout or scaling is None or kwargs.keys() & SDPA_OPTIONS or not _plain(query, key, value):
+        way = None
+    elif query.shape[2] == 1:
+        way = _one_query
+    else:
+        way = _many_queries
+    output = way(module, query, key, value, attention_mask, scaling) if way else None
+    if output is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    return output, None
+
+
+SDPA_OPTIONS = {"position_bias", "cache", "softcap", "is_causal"}
+"""What callers may pass on to transformers' SDPA that the two ways below do not know."""
+
+
+def _one_query(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor | None:
+    """Query heads that share K and V are the rows of one product: SDPA takes each by itself."""
+    batch, kv_heads, _, head_dim = key.shape
+    if mask is not None and mask.shape[1] != 1:  # a mask for each head
+        return None
+    rows = query.reshape(batch, kv_heads, -1, head_dim)
+    output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    return output.reshape(batch, 1, -1, head_dim)
+
+
+def _many_queries(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor | None:
+    """In compiled code, which takes a third to a half of the time of SDPA."""
+    causal = mask is None and module.is_causal and query.shape[2] == key.shape[2]
+    masked = mask is not None and mask.dtype == torch.bool
+    if not (causal or masked) or query.shape[-1] % 2 or not cpu_kernel.available():
+        return None
+    return cpu_kernel.attention(query, key, value, mask, scaling)
+
+
+class CacheLayerWithRoom(DynamicLayer):
+    """Keys and values of one layer (batch, kv_heads, total, head_dim), with room for the tokens that follow.
+
+    transformers' layer copies all of itself for every token; this one every `ROOM` tokens. What was handed out is never
+    written to again: after a crop, or in a second cache that shares the memory, the next token finds no room.
+    """
+
+    ROOM = 256
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._room: dict[str, tuple[torch.Tensor, int]] = {}  # name -> (batch, kv_heads, room, head_dim), tokens in it
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends (batch, kv_heads, seq, head_dim) to each, and returns all of both."""
+        # Autograd must not see a tensor change, and a compiler makes a cache of its own.
+        if key_states.requires_grad or value_states.requires_grad or torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._appended("keys", self.keys, key_states)
+        self.values = self._appended("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _appended(self, name: str, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        length = past.shape[-2] if past.dim() == new.dim() else 0
+        total = length + new.shape[-2]
+        room, filled = self._room.get(name, (past, -1))
+        if not (
+            filled == length
+            and total <= room.shape[-2]
+            and room.shape[:-2] == past.shape[:-2] == new.shape[:-2]
+            and room.data_ptr() == past.data_ptr()
+            and room.dtype == new.dtype
+            and room.is_inference() == torch.is_inference_mode_enabled()  # others may not be written to
+        ):
+            room = new.new_empty(*new.shape[:-2], total + self.ROOM, new.shape[-1])
+            if length:
+                room[..., :length, :] = past
+        room[..., length:total, :] = new
+        self._room[name] = room, total
+        return room[..., :total, :]
+
+
+def give_room(cache: Cache | None) -> None:
+    """Makes layers with room of those of a `DynamicCache` that nothing is in yet; not while gradients are taken."""
+    if torch.is_grad_enabled() or type(cache) is not DynamicCache or cache.offloading:
+        return
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = CacheLayerWithRoom
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[number] = CacheLayerWithRoom()
+
+
+FAST_PATHS: dict[str, Callable] = {"one_token_linear": one_token_linear, "sdpa": attention, "cache": give_room}

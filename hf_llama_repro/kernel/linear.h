@@ -1,0 +1,150 @@
+// A matrix and few vectors: the reading of the matrix is what takes the time, so that it is read once, in order.
+//
+// Weights are those of the PyTorch modules, in place: fp32, bf16, or int8 with a factor for each row. Sums are fp32.
+
+#pragma once
+
+#include "numbers.h"
+
+#include <algorithm>
+
+struct Linear {
+    const void *weight;   // (rows, columns)
+    const float *factor;  // (rows,) for int8, else null
+    const void *bias;     // (rows,) in the model's dtype, or null
+    int64_t rows, columns;
+    int32_t dtype;
+};
+
+// Products of a weight row with an activation row. A kind of activation says how many are taken at a time and how.
+struct FloatProducts {
+    typedef float X;
+    typedef floats Sum;
+    static constexpr int WIDTH = LANES;
+    template <class W> static inline floats weights(const W *at) { return load(at); }
+    static inline floats inputs(const X *at) { return load(at); }
+    static inline floats add(floats sum, floats w, floats x) { return sum + w * x; }
+    static inline float total(Sum x) { return sum(x); }
+    static inline floats columns(const uint32_t *at) { return load((const float *)at); }
+    static inline floats splat(const uint32_t *at) { return floats{} + *(const float *)at; }
+};
+#ifdef BF16_PRODUCTS
+struct HalfProducts {
+    typedef bf16 X;
+    typedef __m512 Sum;
+    static constexpr int WIDTH = 32;
+    static inline __m512bh weights(const bf16 *at) { return (__m512bh)_mm512_loadu_si512(at); }
+    static inline __m512bh weights(const int8_t *at) {  // -128 to 127 are bf16 numbers
+        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
+        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(at + 16))));
+        return _mm512_cvtne2ps_pbh(high, low);
+    }
+    static inline __m512bh inputs(const X *at) { return (__m512bh)_mm512_loadu_si512(at); }
+    static inline __m512 add(__m512 sum, __m512bh w, __m512bh x) { return _mm512_dpbf16_ps(sum, w, x); }
+    static inline float total(Sum x) { return _mm512_reduce_add_ps(x); }
+    static inline __m512bh columns(const uint32_t *at) { return (__m512bh)_mm512_loadu_si512(at); }
+    static inline __m512bh splat(const uint32_t *at) { return (__m512bh)_mm512_set1_epi32(int(*at)); }
+};
+#endif
+
+// sums[r][t] = <weight row r, input t>, for ROWS neighbouring rows and TOKENS neighbouring inputs.
+// Rows that are read side by side are several streams to the processor, which then fetches ahead half as fast as along
+// one: AHEAD asks for the next ROWS rows, in the order they lie in.
+template <class P, class W, int ROWS, int TOKENS, bool AHEAD>
+static inline void products(const W *weight, const typename P::X *input, int64_t columns, float (*sums)[TOKENS]) {
+    typename P::Sum partial[ROWS][TOKENS] = {};
+    const W *next = weight + ROWS * columns;
+    int64_t column = 0;
+    for (; column + P::WIDTH <= columns; column += P::WIDTH) {
+        decltype(P::weights(weight)) w[ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+            if (AHEAD) __builtin_prefetch(next + ROWS * column + r * P::WIDTH, 0, 2);
+            w[r] = P::weights(weight + r * columns + column);
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) {
+            auto x = P::inputs(input + t * columns + column);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) partial[r][t] = P::add(partial[r][t], w[r], x);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) sums[r][t] = P::total(partial[r][t]);
+    for (; column < columns; ++column)
+        for (int r = 0; r < ROWS; ++r)
+            for (int t = 0; t < TOKENS; ++t)
+                sums[r][t] += to_float(weight[r * columns + column]) * to_float(input[t * columns + column]);
+}
+
+// into[token][row] for ROWS rows of a linear layer and TOKENS tokens; `stride` is the distance of two tokens in `into`.
+template <class P, class W, int ROWS, int TOKENS, bool AHEAD>
+static void tile(const Linear &linear, int64_t row, const typename P::X *inputs, float *into, int64_t stride) {
+    float sums[ROWS][TOKENS];
+    products<P, W, ROWS, TOKENS, AHEAD>((const W *)linear.weight + row * linear.columns, inputs, linear.columns, sums);
+    for (int r = 0; r < ROWS; ++r)
+        for (int t = 0; t < TOKENS; ++t)
+            into[t * stride + r] = linear.factor ? sums[r][t] * linear.factor[row + r] : sums[r][t];
+}
+
+template <class P, class W, int ROWS, bool AHEAD>
+static void tiles(const Linear &linear, int64_t row, const typename P::X *inputs, int64_t tokens, float *into, int64_t stride) {
+    switch (tokens) {
+    case 1: return tile<P, W, ROWS, 1, AHEAD>(linear, row, inputs, into, stride);
+    case 2: return tile<P, W, ROWS, 2, AHEAD>(linear, row, inputs, into, stride);
+    case 3: return tile<P, W, ROWS, 3, AHEAD>(linear, row, inputs, into, stride);
+    case 4: return tile<P, W, ROWS, 4, AHEAD>(linear, row, inputs, into, stride);
+    case 5: return tile<P, W, ROWS, 5, AHEAD>(linear, row, inputs, into, stride);
+    case 6: return tile<P, W, ROWS, 6, AHEAD>(linear, row, inputs, into, stride);
+    }
+}
+
+// into[token][row - first] for the rows from `first` to `last`.
+template <class P, class W>
+static void rows_of(const Linear &linear, int64_t first, int64_t last, const typename P::X *inputs, int64_t tokens, float *into) {
+    constexpr int64_t MOST = 6;  // tokens whose sums with four rows fit into the registers
+    const int64_t stride = last - first, columns = linear.columns;
+    if (tokens == 1) {
+        for (int64_t row = first; row < last; ++row) tile<P, W, 1, 1, false>(linear, row, inputs, into + row - first, stride);
+        return;
+    }
+    const int64_t groups = (tokens + MOST - 1) / MOST, size = (tokens + groups - 1) / groups;
+    int64_t row = first;
+    for (; row + 4 <= last; row += 4) {
+        tiles<P, W, 4, true>(linear, row, inputs, size, into + row - first, stride);
+        for (int64_t t = size; t < tokens; t += size)
+            tiles<P, W, 4, false>(linear, row, inputs + t * columns, std::min(size, tokens - t), into + t * stride + row - first, stride);
+    }
+    for (; row < last; ++row)
+        for (int64_t t = 0; t < tokens; t += size)
+            tiles<P, W, 1, false>(linear, row, inputs + t * columns, std::min(size, tokens - t), into + t * stride + row - first, stride);
+}
+
+constexpr int64_t BLOCK = 32;  // rows whose results are put aside before they are used
+
+// Calls each(row, token, value) for the rows from `first` to `last` of a linear layer, its bias added.
+template <class P, class T, class Each>
+static void apply(const Linear &linear, int64_t first, int64_t last, const typename P::X *inputs, int64_t tokens, float *block, Each each) {
+    for (int64_t start = first; start < last; start += BLOCK) {
+        const int64_t stop = std::min(start + BLOCK, last);
+        if (linear.dtype == INT8) rows_of<P, int8_t>(linear, start, stop, inputs, tokens, block);
+        else rows_of<P, T>(linear, start, stop, inputs, tokens, block);
+        for (int64_t token = 0; token < tokens; ++token)
+            for (int64_t row = start; row < stop; ++row) {
+                const float value = block[token * (stop - start) + row - start];
+                each(row, token, linear.bias ? value + to_float(((const T *)linear.bias)[row]) : value);
+            }
+    }
+}
+
+// The part of `count` things that a thread does.
+struct Share {
+    int64_t first, last;
+    Share(int64_t count, int thread, int threads) {
+        int64_t blocks = (count + 3) / 4;
+        first = std::min(count, 4 * (blocks * thread / threads));
+        last = std::min(count, 4 * (blocks * (thread + 1) / threads));
+    }
+};
