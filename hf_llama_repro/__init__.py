@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         LlamaReproModel,
         LlamaReproPreTrainedModel,
     )
+    from .prepared import optimize, restore
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,8 @@ _MODULE_OF = {
     "LlamaReproForTokenClassification": "modeling_llama_repro",
     "LlamaReproModel": "modeling_llama_repro",
     "LlamaReproPreTrainedModel": "modeling_llama_repro",
+    "optimize": "prepared",
+    "restore": "prepared",
 }
 
 __all__ = [
@@ -39,6 +42,8 @@ __all__ = [
     "LlamaReproForTokenClassification",
     "LlamaReproModel",
     "LlamaReproPreTrainedModel",
+    "optimize",
+    "restore",
 ]
 
 

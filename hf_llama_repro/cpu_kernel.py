@@ -23,10 +23,10 @@ logger = logging.get_logger(__name__)
 
 SOURCES = Path(__file__).with_name("kernel")
 # Not -ffast-math: linked into a library it would make denormal numbers zero in all of the process.
-FLAGS = (
-    "-std=gnu++17 -O3 -march=native -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math -fassociative-math "
-    "-fno-signed-zeros -w"
-).split()
+FLAGS = [
+    *("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
+]
 COMPILERS = ("c++", "g++", "clang++")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # enum Dtype
 FLOATS = (torch.float32, torch.bfloat16)
@@ -173,8 +173,8 @@ def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise KernelError(
-            f"the C++ compiler failed (exit code {done.returncode}) at {' '.join(command)}: {done.stderr.strip()[:1000]}\n"
-            "Name another compiler in CXX"
+            f"the C++ compiler failed with exit code {done.returncode}: {' '.join(command)}\n"
+            f"{done.stderr.strip()[:1000]}\nName another compiler in CXX"
         )
     return done.stdout
 
@@ -223,9 +223,9 @@ def attention(
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     strides = [(_number * 3)(*x.stride()[:3]) if x is not None else (_number * 3)() for x in (query, key, value, mask)]
     work = Attention(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), None if mask is None else mask.data_ptr(), output.data_ptr(),
-        batch, heads, key.shape[1], seq, key.shape[2], head_dim, *strides, scaling, DTYPES[query.dtype],
-        torch.get_num_threads(),
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), None if mask is None else mask.data_ptr(),
+        output.data_ptr(), batch, heads, key.shape[1], seq, key.shape[2], head_dim, *strides, scaling,
+        DTYPES[query.dtype], torch.get_num_threads(),
     )  # fmt: skip
     load().llama_repro_attention(ctypes.byref(work))
     return output

@@ -4,7 +4,7 @@ The model file asks for them by name (`FAST_PATHS`); each gives the plain way's 
 to it. A compiler and a tracer see the plain ways only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -132,28 +132,38 @@ class CacheLayerWithRoom(DynamicLayer):
         # Autograd must not see a tensor change, and a compiler makes a cache of its own.
         if key_states.requires_grad or value_states.requires_grad or torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = self._appended("keys", self.keys, key_states)
-        self.values = self._appended("values", self.values, value_states)
+        self.extend(key_states.shape, key_states)
+        seq = key_states.shape[-2]
+        self.keys[..., -seq:, :], self.values[..., -seq:, :] = key_states, value_states
         return self.keys, self.values
 
-    def _appended(self, name: str, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        length = past.shape[-2] if past.dim() == new.dim() else 0
-        total = length + new.shape[-2]
+    def extend(self, shape: Sequence[int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lengthens keys and values by (batch, kv_heads, seq, head_dim), to be filled in by the caller.
+
+        Returns the memory that they are in, each (batch, kv_heads, capacity, head_dim), of the dtype and device of
+        `like`; `self.keys` and `self.values` are what of it is used.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(like, like)
+        self.keys = self._extended("keys", self.keys, shape, like)
+        self.values = self._extended("values", self.values, shape, like)
+        return self._room["keys"][0], self._room["values"][0]
+
+    def _extended(self, name: str, past: Any, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        length = past.shape[-2] if past.dim() == len(shape) else 0
+        total = length + shape[-2]
         room, filled = self._room.get(name, (past, -1))
         if not (
             filled == length
             and total <= room.shape[-2]
-            and room.shape[:-2] == past.shape[:-2] == new.shape[:-2]
+            and room.shape[:-2] == past.shape[:-2] == tuple(shape[:-2])
             and room.data_ptr() == past.data_ptr()
-            and room.dtype == new.dtype
+            and room.dtype == like.dtype
             and room.is_inference() == torch.is_inference_mode_enabled()  # others may not be written to
         ):
-            room = new.new_empty(*new.shape[:-2], total + self.ROOM, new.shape[-1])
+            room = like.new_empty(*shape[:-2], total + self.ROOM, shape[-1])
             if length:
                 room[..., :length, :] = past
-        room[..., length:total, :] = new
         self._room[name] = room, total
         return room[..., :total, :]
 

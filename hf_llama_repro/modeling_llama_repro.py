@@ -34,7 +34,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_llama_repro import AUTO_MAP, LlamaReproConfig
 
-
 # What the installed package adds for speed (`fast_paths`): name -> what is called in place of the plain way, which is
 # all there is where this file lies beside a checkpoint.
 FAST_PATHS: dict[str, Callable] = {}
