@@ -50,6 +50,26 @@ def one_token_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return cpu_kernel.linear(x, weight, bias) if cpu_kernel.available() else None
 
 
+class OneTokenLinear(nn.Linear):
+    """nn.Linear with the fast path. A layer becomes one in the first pass: quantizers look for nn.Linear itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = one_token_linear(x, self.weight, self.bias)
+        return super().forward(x) if output is None else output
+
+
+def begin(model: nn.Module, cache: Cache | None) -> None:
+    """What a pass begins with, in inference: the cache gets room, and the linear layers their fast path."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    give_room(cache)
+    if "_has_fast_linears" not in model.__dict__:
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = OneTokenLinear
+        model.__dict__["_has_fast_linears"] = True
+
+
 def attention(
     module: nn.Module,
     query: torch.Tensor,  # (batch, heads, seq, head_dim)
@@ -85,7 +105,7 @@ def _one_query(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float,
+    scaling: Any,
 ) -> torch.Tensor | None:
     """Query heads that share K and V are the rows of one product: SDPA takes each by itself."""
     batch, kv_heads, _, head_dim = key.shape
@@ -102,7 +122,7 @@ def _many_queries(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float,
+    scaling: Any,
 ) -> torch.Tensor | None:
     """In compiled code, which takes a third to a half of the time of SDPA."""
     causal = mask is None and module.is_causal and query.shape[2] == key.shape[2]
@@ -134,8 +154,10 @@ class CacheLayerWithRoom(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         self.extend(key_states.shape, key_states)
         seq = key_states.shape[-2]
-        self.keys[..., -seq:, :], self.values[..., -seq:, :] = key_states, value_states
-        return self.keys, self.values
+        keys: Any = self.keys
+        values: Any = self.values
+        keys[..., -seq:, :], values[..., -seq:, :] = key_states, value_states
+        return keys, values
 
     def extend(self, shape: Sequence[int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Lengthens keys and values by (batch, kv_heads, seq, head_dim), to be filled in by the caller.
@@ -169,8 +191,8 @@ class CacheLayerWithRoom(DynamicLayer):
 
 
 def give_room(cache: Cache | None) -> None:
-    """Makes layers with room of those of a `DynamicCache` that nothing is in yet; not while gradients are taken."""
-    if torch.is_grad_enabled() or type(cache) is not DynamicCache or cache.offloading:
+    """Makes layers with room of those of a `DynamicCache` that nothing is in yet."""
+    if type(cache) is not DynamicCache or cache.offloading:
         return
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = CacheLayerWithRoom
@@ -179,4 +201,4 @@ def give_room(cache: Cache | None) -> None:
             cache.layers[number] = CacheLayerWithRoom()
 
 
-FAST_PATHS: dict[str, Callable] = {"one_token_linear": one_token_linear, "sdpa": attention, "cache": give_room}
+FAST_PATHS: dict[str, Callable] = {"begin": begin, "sdpa": attention}

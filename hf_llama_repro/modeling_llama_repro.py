@@ -39,14 +39,6 @@ from .configuration_llama_repro import AUTO_MAP, LlamaReproConfig
 FAST_PATHS: dict[str, Callable] = {}
 
 
-class LlamaReproLinear(nn.Linear):
-    """nn.Linear; PyTorch reads the weight at a third of the memory's speed where it is multiplied with one token."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output = FAST_PATHS["one_token_linear"](x, self.weight, self.bias) if "one_token_linear" in FAST_PATHS else None
-        return F.linear(x, self.weight, self.bias) if output is None else output
-
-
 class LlamaReproRMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension; x / rms(x) is computed in fp32 whatever the dtype of x."""
 
@@ -125,9 +117,9 @@ class LlamaReproMLP(nn.Module):
 
     def __init__(self, config: LlamaReproConfig):
         super().__init__()
-        self.gate_proj = LlamaReproLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = LlamaReproLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = LlamaReproLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -176,10 +168,10 @@ class LlamaReproAttention(nn.Module):
         self.is_causal = True
 
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = LlamaReproLinear(config.hidden_size, q_size, bias=config.attention_bias)
-        self.k_proj = LlamaReproLinear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = LlamaReproLinear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = LlamaReproLinear(q_size, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
 
     def forward(
         self,
@@ -301,8 +293,8 @@ class LlamaReproModel(LlamaReproPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if "cache" in FAST_PATHS:
-            FAST_PATHS["cache"](past_key_values)
+        if "begin" in FAST_PATHS:
+            FAST_PATHS["begin"](self, past_key_values)
         if position_ids is None:
             num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + num_cached
@@ -461,7 +453,7 @@ class LlamaReproForCausalLM(LlamaReproPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LlamaReproModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = LlamaReproLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = causal_lm_loss
         self.post_init()
 
@@ -484,6 +476,8 @@ class LlamaReproForCausalLM(LlamaReproPreTrainedModel, GenerationMixin):
         `logits_to_keep`: of how many last positions (0: of all), or the indices of those positions, to compute logits.
         `skip_logits`: the loss alone, in less memory and time; the output's logits are None.
         """
+        if "begin" in FAST_PATHS:
+            FAST_PATHS["begin"](self, past_key_values)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

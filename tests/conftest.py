@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 
 from examples.demo import bring_model
+from hf_llama_repro import modeling_llama_repro
 
 pytest_plugins = ["sentencepiece_fixtures", "finetune_runs"]
 
@@ -48,3 +49,9 @@ def llama_tokenizer_model() -> Path:
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct, Q4_1: real trained weights of LLaMA's architecture, as the demo brings them."""
     return bring_model()
+
+
+@pytest.fixture
+def plain_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model file alone, as it lies beside a checkpoint: to the bit what stock Llama computes."""
+    monkeypatch.setattr(modeling_llama_repro, "FAST_PATHS", {})

@@ -113,7 +113,7 @@ def test_a_training_step_takes_it_where_it_is_faster(calls, dtype, seq, taken):
     torch.testing.assert_close(after, before, rtol=5e-3, atol=0)
 
 
-def test_masks_and_caches_take_sdpa(calls):
+def test_masks_and_caches_take_sdpa(calls, plain_paths):
     model = lora_model(torch.float32).eval()
     ids, mask = torch.randint(3, 100, (2, 64)), torch.ones(2, 64, dtype=torch.long)
     mask[0, :9] = 0

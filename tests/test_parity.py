@@ -167,7 +167,7 @@ def test_packed_sequences_do_not_see_each_other(attn_implementation):
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_bit_for_bit_those_of_stock_llama(dtype, attn_implementation):
+def test_logits_are_bit_for_bit_those_of_stock_llama(dtype, attn_implementation, plain_paths):
     model = random_model(attn_implementation=attn_implementation).to(dtype)
     tokens = random_tokens(model.config, batch=4, seq=128)
     with torch.no_grad():

@@ -110,13 +110,13 @@ loaded = pytest.mark.parametrize("folder", LOADED)
 
 
 @loaded
-def test_remote_code_computes_the_same_logits(folder, model, results):
+def test_remote_code_computes_the_same_logits(folder, model, results, plain_paths):
     with torch.no_grad():
         assert torch.equal(results[folder]["logits"], model(random_tokens(model.config)).logits)
 
 
 @loaded
-def test_remote_base_model_computes_the_same_hidden_states(folder, model, results):
+def test_remote_base_model_computes_the_same_hidden_states(folder, model, results, plain_paths):
     with torch.no_grad():
         hidden = model.model(random_tokens(model.config)).last_hidden_state
     assert torch.equal(results[folder]["hidden"], hidden)

@@ -1,0 +1,185 @@
+"""The fast paths beside the plain ones: attention, one-token products, and a cache that keeps what it handed out."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from random_models import ARCHITECTURES, random_model, random_tokens, relative_difference, tiny_config
+from transformers import DynamicCache
+
+from hf_llama_repro import cpu_kernel, modeling_llama_repro
+from hf_llama_repro.fast_paths import CacheLayerWithRoom, OneTokenLinear, one_token_linear
+
+SHAPES = {  # batch, heads, kv_heads, head_dim, seq, cached before
+    "9/3": (1, 9, 3, 64, 130, 0),
+    "32/4": (2, 32, 4, 16, 77, 0),
+    "8/1 after a cache": (2, 8, 1, 20, 65, 70),
+    "wide heads": (1, 4, 4, 96, 70, 5),
+    "one short": (1, 4, 2, 64, 2, 0),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def random_attention(shape, dtype):
+    batch, heads, kv_heads, head_dim, seq, past = shape
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(batch, seq, heads, head_dim, generator=generator).to(dtype).transpose(1, 2)
+    key, value = (
+        torch.randn(batch, seq + past, kv_heads, head_dim, generator=generator).to(dtype).transpose(1, 2) for _ in "kv"
+    )
+    mask = torch.ones(seq, seq + past, dtype=torch.bool).tril(past).expand(batch, 1, -1, -1).clone()
+    return query, key, value, mask
+
+
+def reference(query, key, value, mask):
+    return F.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), attn_mask=mask, enable_gqa=True
+    ).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_compiled_attention_equals_sdpa(shape, dtype):
+    query, key, value, mask = random_attention(shape, dtype)
+    scaling = shape[3] ** -0.5
+    expected = reference(query, key, value, mask)
+    assert relative_difference(cpu_kernel.attention(query, key, value, mask, scaling), expected) < TOLERANCE[dtype]
+    if not shape[-1]:
+        assert relative_difference(cpu_kernel.attention(query, key, value, None, scaling), expected) < TOLERANCE[dtype]
+    mask[:, :, 1:, 0] = False  # padding
+    masked = reference(query, key, value, mask)
+    assert relative_difference(masked, expected) > 1e-3  # it would be seen
+    assert relative_difference(cpu_kernel.attention(query, key, value, mask, scaling), masked) < TOLERANCE[dtype]
+
+
+def test_compiled_attention_of_a_query_that_may_look_at_nothing_is_zero():
+    query, key, value, mask = random_attention(SHAPES["9/3"], torch.float32)
+    mask[:, :, 3] = False
+    output = cpu_kernel.attention(query, key, value, mask, 0.125)
+    assert not output[:, 3].any()
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("batch", [1, 2, 5, 7, 16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_token_linear_equals_linear(batch, bias, dtype):
+    linear = torch.nn.Linear(83, 61, bias=bias).to(dtype)
+    x = torch.randn(batch, 1, 83).to(dtype)
+    with torch.no_grad():
+        output = one_token_linear(x, linear.weight, linear.bias)
+        assert relative_difference(output, linear(x)) < TOLERANCE[dtype]
+        assert one_token_linear(x.double(), linear.weight, linear.bias) is None
+        assert one_token_linear(x.expand(batch, 2, 83), linear.weight, linear.bias) is None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert one_token_linear(x, linear.weight, linear.bias) is None
+    assert one_token_linear(x, linear.weight, linear.bias) is None  # gradients are taken
+
+
+@pytest.mark.parametrize("fields", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_fast_paths_give_the_plain_ones_logits(fields, monkeypatch):
+    model = random_model(tiny_config(**fields))
+    tokens = random_tokens(model.config, seq=80)
+
+    def logits():
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            return torch.cat(
+                [model(piece, past_key_values=cache).logits for piece in tokens.split([64, *[1] * 16], 1)], 1
+            )
+
+    fast = logits()
+    monkeypatch.setattr(modeling_llama_repro, "FAST_PATHS", {})
+    assert relative_difference(fast, logits()) < 1e-5
+
+
+def test_lora_over_fast_linears():
+    """Attached, the base's layers are fast inside of the adapter's, in either order of attaching and running."""
+    model = random_model(tiny_config(eos_token_id=None))
+    prompt, how = random_tokens(model.config, batch=1), {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    model.generate(prompt, **how)
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
+    assert type(model.model.layers[0].self_attn.q_proj.base_layer) is OneTokenLinear
+    attached = adapted.generate(input_ids=prompt, **how)
+    assert torch.equal(adapted.merge_and_unload().generate(prompt, **how), attached)
+
+
+def filled(length):
+    layer = CacheLayerWithRoom()
+    with torch.no_grad():
+        layer.update(torch.randn(2, 3, length, 8), torch.randn(2, 3, length, 8))
+    return layer
+
+
+@torch.no_grad()
+def test_cache_appends_in_place():
+    layer = filled(10)
+    where, first = layer.keys.data_ptr(), layer.keys.clone()
+    for _ in range(CacheLayerWithRoom.ROOM):
+        layer.update(torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8))
+    assert layer.keys.data_ptr() == where
+    layer.update(torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8))
+    assert layer.keys.data_ptr() != where
+    assert torch.equal(layer.keys[:, :, :10], first)
+    assert layer.get_seq_length() == 11 + CacheLayerWithRoom.ROOM
+
+
+def cropped(layer):
+    layer.crop(-4)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "other", [copy.copy, copy.deepcopy, cropped], ids=["shallow copy", "deep copy", "the same, cropped"]
+)
+@torch.no_grad()
+def test_cache_never_overwrites_what_it_handed_out(other):
+    layer = filled(10)
+    handed_out = layer.keys
+    kept, new = handed_out.clone(), torch.randn(2, 3, 2, 8)
+    second = other(layer)
+    second.update(new, new)
+    assert torch.equal(second.keys[:, :, -2:], new)
+    if second is not layer:
+        layer.update(-new, -new)
+        assert torch.equal(layer.keys[:, :, -2:], -new)
+    assert torch.equal(second.keys[:, :, -2:], new)
+    assert torch.equal(handed_out, kept)
+
+
+def test_cache_changes_with_the_batch_and_between_inference_modes():
+    layer = filled(6)
+    with torch.no_grad():
+        layer.keys, layer.values = layer.keys[:1], layer.values[:1]  # a view of the same memory
+        keys, _ = layer.update(torch.ones(1, 3, 1, 8), torch.ones(1, 3, 1, 8))
+        assert keys.shape == (1, 3, 7, 8)
+        layer.reorder_cache(torch.tensor([0]))
+    with torch.inference_mode():
+        layer.update(torch.ones(1, 3, 1, 8), torch.ones(1, 3, 1, 8))
+    with torch.no_grad():
+        keys, _ = layer.update(2 * torch.ones(1, 3, 1, 8), torch.ones(1, 3, 1, 8))
+    assert keys[0, 0, :, 0].tolist()[-3:] == [1, 1, 2]
+
+
+def test_gradients_flow_through_the_cache():
+    model = random_model(tiny_config())
+    cache = DynamicCache(config=model.config)
+    model(random_tokens(model.config, seq=8), past_key_values=cache)
+    logits = model(random_tokens(model.config, seq=4), past_key_values=cache).logits
+    logits.sum().backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_tracer_sees_the_plain_way(monkeypatch):
+    model = random_model(tiny_config())
+    with torch.no_grad():
+        model(random_tokens(model.config))
+    assert type(model.lm_head) is OneTokenLinear
+    monkeypatch.setattr(cpu_kernel, "linear", lambda *_: pytest.fail("hidden from the tracer"))
+    with torch.no_grad():
+        head, x = model.lm_head.requires_grad_(False), torch.randn(1, 1, model.config.hidden_size)
+        torch.jit.trace(head, x, check_trace=False)
