@@ -132,18 +132,57 @@ def _many_queries(
     return cpu_kernel.attention(query, key, value, mask, scaling)
 
 
+class Room:
+    """Memory for keys and values, (batch, kv_heads, capacity, head_dim) each, and how many tokens are in it."""
+
+    MORE = 256
+    """Tokens that there is room for when it is made, besides those that are put in."""
+
+    def __init__(self, shape: Sequence[int], like: torch.Tensor):
+        batch, kv_heads, seq, head_dim = shape
+        self.keys, self.values = (like.new_empty(batch, kv_heads, seq + self.MORE, head_dim) for _ in range(2))
+        self.capacity, self.filled = seq + self.MORE, 0
+        self.kind = (batch, kv_heads, head_dim, like.dtype, self.keys.is_inference())
+
+    def takes(self, shape: Sequence[int], like: torch.Tensor, length: int) -> bool:
+        """Whether a cache of `length` tokens that is in here can go on in here."""
+        batch, kv_heads, seq, head_dim = shape
+        # Tensors made in inference mode may not be written to outside of it.
+        kind = (batch, kv_heads, head_dim, like.dtype, torch.is_inference_mode_enabled())
+        return self.filled == length and length + seq <= self.capacity and self.kind == kind
+
+
 class CacheLayerWithRoom(DynamicLayer):
     """Keys and values of one layer (batch, kv_heads, total, head_dim), with room for the tokens that follow.
 
-    transformers' layer copies all of itself for every token; this one every `ROOM` tokens. What was handed out is never
-    written to again: after a crop, or in a second cache that shares the memory, the next token finds no room.
+    transformers' layer copies all of itself for every token; this one when its room is full. What was handed out is
+    never written to again: after a crop, or in a second cache that shares the memory, the next token finds no room.
     """
 
-    ROOM = 256
-
     def __init__(self, *args, **kwargs):
+        self._room: Room | None = None
+        self._length = 0  # tokens, while they are in the room
+        self._given: list[torch.Tensor | None] = [None, None]  # keys and values, while they are not
         super().__init__(*args, **kwargs)
-        self._room: dict[str, tuple[torch.Tensor, int]] = {}  # name -> (batch, kv_heads, room, head_dim), tokens in it
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self._given[0] if self._room is None else self._room.keys[..., : self._length, :]
+
+    @keys.setter
+    def keys(self, tensor: torch.Tensor | None) -> None:
+        self._given, self._room = [tensor, self.values], None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._given[1] if self._room is None else self._room.values[..., : self._length, :]
+
+    @values.setter
+    def values(self, tensor: torch.Tensor | None) -> None:
+        self._given, self._room = [self.keys, tensor], None
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() if self._room is None else self._length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -152,42 +191,29 @@ class CacheLayerWithRoom(DynamicLayer):
         # Autograd must not see a tensor change, and a compiler makes a cache of its own.
         if key_states.requires_grad or value_states.requires_grad or torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
-        self.extend(key_states.shape, key_states)
-        seq = key_states.shape[-2]
-        keys: Any = self.keys
-        values: Any = self.values
-        keys[..., -seq:, :], values[..., -seq:, :] = key_states, value_states
+        past = self.get_seq_length()
+        room = self.extend(key_states.shape, key_states)
+        keys, values = room.keys[..., : self._length, :], room.values[..., : self._length, :]
+        keys[..., past:, :], values[..., past:, :] = key_states, value_states
         return keys, values
 
-    def extend(self, shape: Sequence[int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lengthens keys and values by (batch, kv_heads, seq, head_dim), to be filled in by the caller.
+    def extend(self, shape: Sequence[int], like: torch.Tensor) -> Room:
+        """Lengthens keys and values by (batch, kv_heads, seq, head_dim), to be filled in by the caller in the room.
 
-        Returns the memory that they are in, each (batch, kv_heads, capacity, head_dim), of the dtype and device of
-        `like`; `self.keys` and `self.values` are what of it is used.
+        `like` has the dtype and the device.
         """
         if not self.is_initialized:
             self.lazy_initialization(like, like)
-        self.keys = self._extended("keys", self.keys, shape, like)
-        self.values = self._extended("values", self.values, shape, like)
-        return self._room["keys"][0], self._room["values"][0]
-
-    def _extended(self, name: str, past: Any, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        length = past.shape[-2] if past.dim() == len(shape) else 0
-        total = length + shape[-2]
-        room, filled = self._room.get(name, (past, -1))
-        if not (
-            filled == length
-            and total <= room.shape[-2]
-            and room.shape[:-2] == past.shape[:-2] == tuple(shape[:-2])
-            and room.data_ptr() == past.data_ptr()
-            and room.dtype == like.dtype
-            and room.is_inference() == torch.is_inference_mode_enabled()  # others may not be written to
-        ):
-            room = like.new_empty(*shape[:-2], total + self.ROOM, shape[-1])
-            if length:
-                room[..., :length, :] = past
-        self._room[name] = room, total
-        return room[..., :total, :]
+        past, room = self.get_seq_length(), self._room
+        if room is None or not room.takes(shape, like, past):
+            batch, kv_heads, seq, head_dim = shape
+            room = Room((batch, kv_heads, past + seq, head_dim), like)
+            keys, values = self.keys, self.values
+            if past and keys is not None and values is not None:
+                room.keys[..., :past, :], room.values[..., :past, :] = keys, values
+            self._room = room
+        room.filled = self._length = past + shape[-2]
+        return room
 
 
 def give_room(cache: Cache | None) -> None:

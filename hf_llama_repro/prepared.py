@@ -175,9 +175,8 @@ class Prepared:
         shape = (batch, config.num_key_value_heads, seq, config.head_dim)
         layers: Any = cache.layers
         rooms = [layer.extend(shape, embeddings) for layer in layers]
-        keys, values = (
-            (ctypes.c_void_p * len(rooms))(*(room[place].data_ptr() for room in rooms)) for place in range(2)
-        )
+        keys = (ctypes.c_void_p * len(rooms))(*(room.keys.data_ptr() for room in rooms))
+        values = (ctypes.c_void_p * len(rooms))(*(room.values.data_ptr() for room in rooms))
         logits = embeddings.new_empty(batch, kept, config.vocab_size)
         step = cpu_kernel.Step(
             hidden=hidden.data_ptr(),
@@ -190,7 +189,7 @@ class Prepared:
             batch=batch,
             seq=seq,
             past=past,
-            capacity=rooms[0][0].shape[-2],
+            capacity=rooms[0].capacity,
             kept=kept,
             angles_batch=cos.shape[0],
             threads=torch.get_num_threads(),

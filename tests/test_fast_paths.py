@@ -10,7 +10,7 @@ from random_models import ARCHITECTURES, random_model, random_tokens, relative_d
 from transformers import DynamicCache
 
 from hf_llama_repro import cpu_kernel, modeling_llama_repro
-from hf_llama_repro.fast_paths import CacheLayerWithRoom, OneTokenLinear, one_token_linear
+from hf_llama_repro.fast_paths import CacheLayerWithRoom, OneTokenLinear, Room, one_token_linear
 
 SHAPES = {  # batch, heads, kv_heads, head_dim, seq, cached before
     "9/3": (1, 9, 3, 64, 130, 0),
@@ -119,13 +119,13 @@ def filled(length):
 def test_cache_appends_in_place():
     layer = filled(10)
     where, first = layer.keys.data_ptr(), layer.keys.clone()
-    for _ in range(CacheLayerWithRoom.ROOM):
+    for _ in range(Room.MORE):
         layer.update(torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8))
     assert layer.keys.data_ptr() == where
     layer.update(torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8))
     assert layer.keys.data_ptr() != where
     assert torch.equal(layer.keys[:, :, :10], first)
-    assert layer.get_seq_length() == 11 + CacheLayerWithRoom.ROOM
+    assert layer.get_seq_length() == 11 + Room.MORE
 
 
 def cropped(layer):
