@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test test-long test-oldest test-wheel lint type unit test-transformers bench bench-finetune bench-conversion bench-memory build clean
+.PHONY: help install demo test test-long test-oldest test-wheel lint type unit test-transformers bench bench-finetune bench-conversion bench-inference bench-memory build clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -55,6 +55,16 @@ bench-finetune: $(INSTALLED)  ## our fine-tuning beside alpaca-lora's loop: 40 m
 bench-conversion: $(INSTALLED)  ## conversion beside cp, up to 13.5 GB: 16 minutes, 45 GB of disk
 	$(BIN)/python benchmarks/conversion.py
 
+bench-inference: $(INSTALLED) .venv-peers/.installed  ## decoding and prefill beside upstream, llama.cpp and litgpt: 15 minutes
+	$(BIN)/python benchmarks/inference.py --peers .venv-peers/bin/python
+
+# llama.cpp is compiled for this processor, 8 minutes; litgpt takes its own versions of what it needs.
+.venv-peers/.installed:
+	$(PYTHON) -m venv .venv-peers
+	CMAKE_ARGS="-DGGML_NATIVE=ON" .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
+	  llama-cpp-python==0.3.36 litgpt==0.5.13 torch==2.13.0
+	touch $@
+
 bench-memory: $(INSTALLED)  ## the planned memory beside the measured
 	$(BIN)/python benchmarks/finetune_memory.py
 
@@ -65,4 +75,4 @@ build: $(INSTALLED)  ## wheel and sdist in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove what was built and converted, not the downloads
-	rm -rf .venv .venv-oldest build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-peers build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -5,13 +5,14 @@
     python benchmarks/inference.py --size 7b             # a random 7B: ours alone, beside the limits (30 GB of memory)
 
 All take turns within one run; figures are medians over the rounds. Decoding is `generate` of 128 tokens after 64,
-greedy, the prompt's time included; prefill is one pass over 512 tokens. The limit takes its turns as well: a token cannot
+greedy, the prompt's time included; prefill is one pass over 512 tokens. The limit takes its turns too: a token cannot
 be decoded faster than the weights are read, nor a prompt be read faster than its matrix products are done.
 """
 
 import argparse
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,7 @@ PEER_FILES = {"llama.cpp F32": "fp32", "llama.cpp BF16": "bf16", "llama.cpp Q8_0
 
 def reading(count: int) -> Callable[[], Any]:
     """Reads so many bytes."""
-    memory = torch.ones(count // 4)
+    memory = torch.randn(count // 4)  # random: a hypervisor may share pages that are equal
     return memory.sum
 
 
@@ -244,6 +245,50 @@ def picture(found: dict[str, dict[str, list[float]]], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def quality(characters: int = 50_000) -> dict[str, Any]:
+    """Perplexity on English text (Python's own documentation), and a greedy answer, in bf16 and with int8 weights."""
+    from pydoc_data.topics import topics
+
+    _, model = models(torch.bfloat16)
+    tokenizer = tokenizer_of_demo()
+    text = "\n".join(topics[name] for name in sorted(topics))[:characters]
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    chat = [{"role": "user", "content": "Why is the sky blue?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    found: dict[str, Any] = {}
+    for name, int8 in (("bf16", False), ("int8", True)):
+        optimize(model, int8=int8)
+        answer = model.generate(**prompt, max_new_tokens=48, do_sample=False, pad_token_id=0)
+        found[name] = {
+            "perplexity": perplexity(model, ids),
+            "answer": tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :]),
+        }
+        print(f"| {name} | perplexity {found[name]['perplexity']:.4f} | {found[name]['answer']!r} |", flush=True)
+    restore(model)
+    return found
+
+
+def tokenizer_of_demo() -> Any:
+    from examples.demo import bring_model
+
+    gguf = bring_model()
+    return transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, ids: torch.Tensor, window: int = 512, piece: int = 16) -> float:
+    """Of windows of tokens that are read few at a time: longer inputs are read with the model's own weights."""
+    total, count = 0.0, 0
+    for part in ids.split(window, dim=1):
+        cache = DynamicCache(config=model.config)
+        logits = torch.cat(
+            [model(input_ids=some, past_key_values=cache).logits for some in part.split(piece, dim=1)], 1
+        )
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), part[0, 1:], reduction="sum")
+        total, count = total + loss.item(), count + part.shape[1] - 1
+    return math.exp(total / count)
+
+
 def at_size(rounds: int) -> list[dict[str, Any]]:
     """A random 7B in bf16: one token, prepared and in int8, and a prompt, beside the limits."""
     config = LlamaReproConfig(**PAPER_SIZES["llama-7b"])
@@ -293,6 +338,7 @@ def main() -> int:
             for name, reason in peers.missing.items():
                 print(f"without {name}: {reason}")
         report["figures"] = main_table(arguments, peers)
+        report["quality"] = quality()
         if not arguments.no_scaling:
             report["scaling"] = scaling(torch.bfloat16)
             picture(report["scaling"], ROOT / "docs" / "performance.png")

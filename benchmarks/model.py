@@ -75,7 +75,8 @@ WORK = {
 
 
 def _tokens(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
-    return torch.randint(100, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(100, model.config.vocab_size, (batch, length), generator=generator).to(model.device)
 
 
 def models(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
