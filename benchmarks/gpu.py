@@ -54,7 +54,7 @@ def main() -> int:
     for name in ("decode", "decode, prepared", "prefill", "LoRA step"):
         make, tokens = WORK[name.removesuffix(", prepared")]
         if "prepared" in name:
-            optimize(ours)  # type: ignore[arg-type]
+            optimize(ours)
         theirs, own = finished(make(upstream)), finished(make(ours))
         result = compare(theirs, own, arguments.rounds)
         low, high = result["quartiles"]
@@ -63,7 +63,7 @@ def main() -> int:
             f"| {low:.2f} to {high:.2f} | {peak(theirs) / 1e9:.2f} | {peak(own) / 1e9:.2f} |",
             flush=True,
         )
-        restore(ours)  # type: ignore[arg-type]
+        restore(ours)
     return 0
 
 

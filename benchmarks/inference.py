@@ -150,7 +150,7 @@ def columns(
     }
     if batch and best:
         compiled = CompileConfig(fullgraph=False, dynamic=False, mode="default")
-        compiled._compile_all_devices = True  # else transformers compiles on accelerators only
+        compiled._compile_all_devices = True  # type: ignore[assignment]  # else transformers compiles on accelerators only
         how: dict[str, Any] = {"cache_implementation": "static", "compile_config": compiled}
         found["upstream, static cache, compiled"] = timed(decode(upstream, batch, **how))
     found["ours, prepared"] = prepared(ours, own, int8=False)
