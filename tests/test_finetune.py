@@ -75,7 +75,7 @@ def test_a_run_writes_adapter_metrics_curve_and_tensorboard(finished):
     assert same_bits(adapter(output / "adapter"), adapter(output / "checkpoint-12"))
 
 
-def test_the_adapter_opens_in_stock_peft_on_stock_llama(finished, tiny_base, tmp_path):
+def test_the_adapter_opens_in_stock_peft_on_stock_llama(finished, tiny_base, tmp_path, plain_paths):
     recipe, _ = finished
     stock = tmp_path / "stock"
     shutil.copytree(tiny_base, stock)

@@ -144,7 +144,7 @@ def test_what_is_not_targeted_is_the_bases_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["llama", "llama_repro"])
-def test_as_llama_opens_in_stock_llama_with_equal_logits(tmp_path, ours):
+def test_as_llama_opens_in_stock_llama_with_equal_logits(tmp_path, ours, plain_paths):
     base = base_folder(tmp_path / "base", ours=ours, **ARCHITECTURES["9/3"])
     adapter = adapter_folder(tmp_path / "adapter", base, target_modules="all-linear")
     merge(adapter, tmp_path / "ours")

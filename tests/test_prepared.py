@@ -148,6 +148,7 @@ def test_wrong_mask_would_be_seen():
 def test_prepared_builds_nothing_while_context_batch_and_prompt_change(monkeypatch):
     model = optimize(talker())
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()  # of tests before
     monkeypatch.setattr(cpu_kernel, "_run", lambda command: pytest.fail(f"compiled again: {command}"))
     described = []
     inner = Prepared._described
