@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -30,7 +31,8 @@ FLAGS = [
 COMPILERS = ("c++", "g++", "clang++")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # enum Dtype
 FLOATS = (torch.float32, torch.bfloat16)
-SWITCH = "HF_LLAMA_REPRO_KERNEL"
+SWITCH = "HF_LLAMA_REPRO_FAST"
+"""In the environment; `off`: the model computes by PyTorch alone, to the bit as stock Llama does."""
 
 
 class KernelError(InputError):
@@ -103,36 +105,44 @@ SIGNATURES = {
     # weight, bias, inputs, outputs, rows, columns, tokens, dtype, threads
     "llama_repro_linear": [_pointer] * 4 + [_number] * 3 + [ctypes.c_int32] * 2,
     "llama_repro_attention": [ctypes.POINTER(Attention)],
-    # weight, factor, outputs, rows, columns, dtype, threads
-    "llama_repro_dequantize": [_pointer] * 3 + [_number] * 2 + [ctypes.c_int32] * 2,
 }
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library, built if it is not there yet (5 s). `KernelError` says why there is none."""
-    if os.environ.get(SWITCH, "on") == "off":
+    """The library, built if it is not there yet (6 s). `KernelError` says why there is none."""
+    if switched_off():
         raise KernelError(f"the compiled CPU code is switched off by {SWITCH}=off in the environment: unset it")
-    compiler = os.environ.get("CXX") or next((name for name in COMPILERS if shutil.which(name)), None)
-    if platform.system() == "Windows" or compiler is None or shutil.which(compiler) is None:
+    named = shlex.split(os.environ.get("CXX", ""))  # with arguments, as make takes it
+    compiler = named or [name for name in COMPILERS if shutil.which(name)][:1]
+    if platform.system() == "Windows" or not compiler or shutil.which(compiler[0]) is None:
+        looked_for = " ".join(named) or ", ".join(COMPILERS)
         raise KernelError(
-            f"no C++ compiler was found (looked for {compiler or ', '.join(COMPILERS)}), which decoding on a CPU needs "
-            "for its full speed: install one (Debian, Ubuntu: apt install g++), or name one in CXX"
+            f"no C++ compiler was found (looked for {looked_for}), which a CPU's full speed needs: install one "
+            "(Debian, Ubuntu: apt install g++), or name one in CXX"
         )
-    library = ctypes.CDLL(str(_built(compiler)))
+    file = _built(compiler)
+    try:
+        library = ctypes.CDLL(str(file))
+    except OSError as error:
+        raise KernelError(f"{file} cannot be loaded ({error}): remove it, and it is built again") from error
     for name, arguments in SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     return library
 
 
+def switched_off() -> bool:
+    return os.environ.get(SWITCH, "on") == "off"
+
+
 @functools.cache
 def available() -> bool:
-    """Whether the compiled code is there; builds it. A failure is logged once."""
+    """Whether the compiled code is there; builds it. A failure is logged, once."""
     try:
         load()
     except KernelError as error:
-        logger.info("decoding without compiled code: %s", error)
+        logger.warning("hf_llama_repro computes by PyTorch alone: %s", error)
         return False
     return True
 
@@ -142,9 +152,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_llama_repro"
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: list[str]) -> Path:
     """The library's file. Its name tells source, flags, compiler and processor: a home may be shared by machines."""
-    version = _run([compiler, "--version"]).splitlines()[0]
+    version = _run([*compiler, "--version"]).splitlines()[0]
     parts = [
         *(file.read_text() for file in sorted(SOURCES.iterdir())),
         *FLAGS,
@@ -159,8 +169,10 @@ def _built(compiler: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as aside:
-            logger.warning_once("hf_llama_repro: compiling its code for this CPU, once (some 5 s)")
-            _run([compiler, *FLAGS, str(SOURCES / "kernel.cpp"), "-o", str(Path(aside) / name), "-lm"])
+            logger.warning_once("hf_llama_repro: compiling its code for this CPU, once (some 6 s)")
+            _run([*compiler, *FLAGS, str(SOURCES / "kernel.cpp"), "-o", str(Path(aside) / name), "-lm"])
+            with open(Path(aside) / name, "rb") as file:
+                os.fsync(file.fileno())  # a library that a power cut made shorter kills the process that loads it
             os.replace(Path(aside) / name, folder / name)  # whole, whoever else is building it
     except OSError as error:
         raise KernelError(

@@ -20,7 +20,7 @@ MOST_TOKENS = 16
 """Of a batch, in a product with one token a sequence; above, PyTorch's matrix product is as fast."""
 
 
-def _observed() -> bool:
+def observed() -> bool:
     """Whether something watches or changes what PyTorch does: gradients, autocast, a compiler, a tracer."""
     return (
         torch.is_grad_enabled()
@@ -43,7 +43,7 @@ def _plain(*tensors: torch.Tensor) -> bool:
 
 def one_token_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """`F.linear` of (batch, 1, columns); None where the plain way is to be taken."""
-    if x.dim() != 3 or x.shape[1] != 1 or x.shape[0] > MOST_TOKENS or _observed():
+    if x.dim() != 3 or x.shape[1] != 1 or x.shape[0] > MOST_TOKENS or observed():
         return None
     if not _plain(x, weight, *(() if bias is None else (bias,))) or not weight.is_contiguous():
         return None
@@ -81,13 +81,12 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: what `sdpa` computes, (batch, seq, heads, head_dim)."""
-    if _observed() or dropout or scaling is None or kwargs.keys() & SDPA_OPTIONS or not _plain(query, key, value):
-        way = None
-    elif query.shape[2] == 1:
-        way = _one_query
-    else:
-        way = _many_queries
-    output = way(module, query, key, value, attention_mask, scaling) if way else None
+    output = None
+    if attention_mask is None and query.shape[2] > 1 and not module.is_causal:
+        pass  # a model that was made to look both ways
+    elif not (observed() or dropout or scaling is None or kwargs.keys() & SDPA_OPTIONS) and _plain(query, key, value):
+        way = _one_query if query.shape[2] == 1 else _many_queries
+        output = way(query, key, value, attention_mask, scaling)
     if output is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -100,12 +99,7 @@ SDPA_OPTIONS = {"position_bias", "cache", "softcap", "is_causal"}
 
 
 def _one_query(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: Any,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor | None:
     """Query heads that share K and V are the rows of one product: SDPA takes each by itself."""
     batch, kv_heads, _, head_dim = key.shape
@@ -117,17 +111,11 @@ def _one_query(
 
 
 def _many_queries(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: Any,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor | None:
     """In compiled code, which takes a third to a half of the time of SDPA."""
-    causal = mask is None and module.is_causal and query.shape[2] == key.shape[2]
-    masked = mask is not None and mask.dtype == torch.bool
-    if not (causal or masked) or query.shape[-1] % 2 or not cpu_kernel.available():
+    known = query.shape[2] == key.shape[2] if mask is None else mask.dtype == torch.bool  # without a mask: causal
+    if not known or query.shape[-1] % 2 or not cpu_kernel.available():
         return None
     return cpu_kernel.attention(query, key, value, mask, scaling)
 
@@ -135,13 +123,11 @@ def _many_queries(
 class Room:
     """Memory for keys and values, (batch, kv_heads, capacity, head_dim) each, and how many tokens are in it."""
 
-    MORE = 256
-    """Tokens that there is room for when it is made, besides those that are put in."""
-
     def __init__(self, shape: Sequence[int], like: torch.Tensor):
         batch, kv_heads, seq, head_dim = shape
-        self.keys, self.values = (like.new_empty(batch, kv_heads, seq + self.MORE, head_dim) for _ in range(2))
-        self.capacity, self.filled = seq + self.MORE, 0
+        # An eighth more: of the memory, and of the copying that a token costs, little either way.
+        self.capacity, self.filled = seq + min(max(seq // 8, 16), 256), 0
+        self.keys, self.values = (like.new_empty(batch, kv_heads, self.capacity, head_dim) for _ in range(2))
         self.kind = (batch, kv_heads, head_dim, like.dtype, self.keys.is_inference())
 
     def takes(self, shape: Sequence[int], like: torch.Tensor, length: int) -> bool:
@@ -192,6 +178,10 @@ class CacheLayerWithRoom(DynamicLayer):
         if key_states.requires_grad or value_states.requires_grad or torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
         past = self.get_seq_length()
+        if not past:  # a prompt, after which no token may follow
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
         room = self.extend(key_states.shape, key_states)
         keys, values = room.keys[..., : self._length, :], room.values[..., : self._length, :]
         keys[..., past:, :], values[..., past:, :] = key_states, value_states

@@ -18,11 +18,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import cpu_kernel
 from .errors import InputError
-from .fast_paths import CacheLayerWithRoom, give_room
+from .fast_paths import MOST_TOKENS, CacheLayerWithRoom, give_room, observed
 from .modeling_llama_repro import LlamaReproForCausalLM
 
-MOST_TOKENS = 16
-"""Of a call, batch times new ones; above, PyTorch's matrix products are as fast."""
+CACHE_BEFORE = "_cache_implementation_before_optimize"
 
 IGNORED = {"return_dict", "use_cache", "cache_position"}
 """Arguments of `forward` that change nothing in what the compiled code computes."""
@@ -35,14 +34,13 @@ def optimize(model: LlamaReproForCausalLM, *, int8: bool = False) -> LlamaReproF
     model's own, which prompts are read with and which are saved. A model that was loaded in 8 bits by bitsandbytes is
     decoded with those as they are. `InputError` says what cannot be prepared.
     """
-    if isinstance(model.__dict__.get("forward"), Prepared):
-        restore(model)
     _refuse_what_cannot_be_prepared(model)
     if model.device.type == "cuda":
         if int8:
             raise InputError(
                 "int8=True is for a CPU: on CUDA load the model with BitsAndBytesConfig(load_in_8bit=True)"
             )
+        model.__dict__.setdefault(CACHE_BEFORE, model.generation_config.cache_implementation)
         model.generation_config.cache_implementation = "static"
         return model
     cpu_kernel.load()
@@ -54,8 +52,8 @@ def restore(model: LlamaReproForCausalLM) -> LlamaReproForCausalLM:
     """Undoes `optimize`, in place, and returns the model; one that was not prepared stays as it is."""
     if isinstance(model.__dict__.get("forward"), Prepared):
         del model.__dict__["forward"]
-    if model.device.type == "cuda" and model.generation_config.cache_implementation == "static":
-        model.generation_config.cache_implementation = None
+    if CACHE_BEFORE in model.__dict__:
+        model.generation_config.cache_implementation = model.__dict__.pop(CACHE_BEFORE)
     return model
 
 
@@ -77,9 +75,11 @@ def _refuse_what_cannot_be_prepared(model: Any) -> None:
         raise InputError(
             f"optimize takes a model on one CPU or CUDA device; its weights are on {', '.join(sorted(devices))}"
         )
-    if devices == {"cpu"} and model.dtype not in cpu_kernel.FLOATS:
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if devices == {"cpu"} and (len(dtypes) > 1 or dtypes - set(cpu_kernel.FLOATS)):
+        names = ", ".join(sorted(map(str, dtypes)))
         raise InputError(
-            f"on a CPU optimize takes torch.float32 and torch.bfloat16, not {model.dtype}: model.to(…) first"
+            f"on a CPU optimize takes a model of torch.float32 or of torch.bfloat16, not of {names}: model.to(…) first"
         )
 
 
@@ -90,7 +90,7 @@ class Prepared:
         self.model, self.int8 = model, int8
         self.__signature__ = inspect.signature(type(model).forward.__get__(model))  # `generate` reads it
         self._weights: tuple[Any, ...] = ()
-        self._looked = False
+        self._looked = self._is_hooked = False
         self._struct: cpu_kernel.Model | None = None
         self._alive: list[Any] = []  # what the structure points to
 
@@ -124,7 +124,7 @@ class Prepared:
         model = self.model
         given = input_ids if inputs_embeds is None else inputs_embeds
         if (
-            torch.is_grad_enabled()
+            observed()
             or given is None
             or (input_ids is not None and inputs_embeds is not None)
             or not 0 < given.shape[0] * given.shape[1] <= MOST_TOKENS
@@ -148,7 +148,11 @@ class Prepared:
         if not (past and self._looked):  # once for a prompt
             self._look_at_weights()
             self._looked = True
+        if self._is_hooked:
+            return None
         embeddings = model.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if embeddings.dtype != model.dtype:
+            return None
         kept = min(logits_to_keep or seq, seq)
         logits = self._run(embeddings, attention_mask, position_ids, past_key_values, past, kept)
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
@@ -199,8 +203,10 @@ class Prepared:
 
     def _look_at_weights(self) -> None:
         """Describes the weights to the compiled code, again if they were replaced or changed since."""
+        self._is_hooked = any(_has_hooks(module) for module in self.model.modules() if module is not self.model)
         weights = tuple((tensor.data_ptr(), tensor._version) for tensor in self.model.parameters())
         if self._struct is None or weights != self._weights:
+            _refuse_what_cannot_be_prepared(self.model)
             self._alive = []
             self._struct = self._described()
             self._weights = weights
@@ -247,6 +253,13 @@ class Prepared:
         tensor = tensor.detach().contiguous()
         self._alive.append(tensor)
         return tensor.data_ptr()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether something waits for this module to be called; transformers' own hooks wait for the ordinary path."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    own = "transformers.utils.output_capturing"
+    return "forward" in module.__dict__ or any(getattr(hook, "__module__", None) != own for hook in hooks)
 
 
 def _rounded(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

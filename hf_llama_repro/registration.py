@@ -25,9 +25,11 @@ def _register_models() -> None:
 
     from . import modeling_llama_repro as modeling
     from .configuration_llama_repro import LlamaReproConfig
+    from .cpu_kernel import switched_off
     from .fast_paths import FAST_PATHS
 
-    modeling.FAST_PATHS.update(FAST_PATHS)
+    if not switched_off():
+        modeling.FAST_PATHS.update(FAST_PATHS)
 
     for auto_class, model_class in (
         ("AutoModel", modeling.LlamaReproModel),

@@ -1,6 +1,10 @@
 """The fast paths beside the plain ones: attention, one-token products, and a cache that keeps what it handed out."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from random_models import ARCHITECTURES, random_model, random_tokens, relative_difference, tiny_config
 from transformers import DynamicCache
 
-from hf_llama_repro import cpu_kernel, modeling_llama_repro
+from hf_llama_repro import cpu_kernel, modeling_llama_repro, optimize
 from hf_llama_repro.fast_paths import CacheLayerWithRoom, OneTokenLinear, Room, one_token_linear
 
 SHAPES = {  # batch, heads, kv_heads, head_dim, seq, cached before
@@ -60,6 +64,50 @@ def test_compiled_attention_of_a_query_that_may_look_at_nothing_is_zero():
     output = cpu_kernel.attention(query, key, value, mask, 0.125)
     assert not output[:, 3].any()
     assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"])
+@pytest.mark.parametrize("prepare", [False, True])
+def test_nan_is_not_hidden(name, prepare):
+    """A softmax that leaves out what compares with nothing would turn NaN scores into plain numbers."""
+    model = random_model(tiny_config())
+    module = next(module for path, module in model.named_modules() if path.endswith(name))
+    with torch.no_grad():
+        module.weight[:] = float("nan")
+        tokens = random_tokens(model.config, batch=1, seq=12 if prepare else 80)
+        assert (optimize(model) if prepare else model)(input_ids=tokens).logits.isnan().all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_model_that_looks_both_ways_takes_sdpa(masked, monkeypatch):
+    model = random_model(tiny_config())
+    tokens = random_tokens(model.config)
+    mask = torch.ones(2, 1, 80, 80, dtype=torch.bool) if masked else None
+    with torch.no_grad():
+        causal = model(tokens).logits
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+        both_ways = model(tokens, attention_mask=mask).logits
+        monkeypatch.setattr(modeling_llama_repro, "FAST_PATHS", {})
+        assert relative_difference(both_ways, model(tokens, attention_mask=mask).logits) < 1e-5
+    assert relative_difference(both_ways, causal) > 1e-2
+
+
+def test_switched_off_everything_is_stock_llamas_to_the_bit():
+    script = """
+import torch
+from random_models import random_model, random_tokens, stock_twin
+model = random_model().bfloat16()
+stock, tokens = stock_twin(model), random_tokens(model.config)
+with torch.no_grad():
+    caches = [each(tokens, use_cache=True).past_key_values for each in (model, stock)]
+    logits = [each(tokens[:, :1], past_key_values=cache).logits for each, cache in zip((model, stock), caches)]
+assert torch.equal(*logits)
+assert type(caches[0].layers[0]).__name__ == "DynamicLayer"
+"""
+    tests = str(Path(__file__).parent)
+    environment = {**os.environ, "HF_LLAMA_REPRO_FAST": "off", "PYTHONPATH": f"{tests}:{Path(tests).parent}"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -118,14 +166,23 @@ def filled(length):
 @torch.no_grad()
 def test_cache_appends_in_place():
     layer = filled(10)
-    where, first = layer.keys.data_ptr(), layer.keys.clone()
-    for _ in range(Room.MORE):
+    first, places = layer.keys.clone(), []
+    for _ in range(40):
         layer.update(torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8))
-    assert layer.keys.data_ptr() == where
-    layer.update(torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8))
-    assert layer.keys.data_ptr() != where
+        places.append(layer.keys.data_ptr())
+    assert len(set(places[:17])) == 1  # 16 more than the first
+    assert 1 < len(set(places)) < 5
     assert torch.equal(layer.keys[:, :, :10], first)
-    assert layer.get_seq_length() == 11 + Room.MORE
+    assert layer.get_seq_length() == 50
+
+
+@torch.no_grad()
+def test_cache_of_a_prompt_takes_no_room():
+    model = random_model(tiny_config())
+    layer = model(random_tokens(model.config, seq=64), use_cache=True).past_key_values.layers[0]
+    assert type(layer) is CacheLayerWithRoom
+    assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+    assert [Room((1, 1, seq, 2), layer.keys).capacity - seq for seq in (1, 400, 100_000)] == [16, 50, 256]
 
 
 def cropped(layer):

@@ -195,7 +195,8 @@ def test_prepared_on_processors_without_wide_vectors(processor, tmp_path, monkey
     [
         ({"CXX": "no-such-compiler"}, "no C\\+\\+ compiler was found"),
         ({"CXX": "false"}, "compiler failed"),
-        ({"HF_LLAMA_REPRO_KERNEL": "off"}, "switched off"),
+        ({"CXX": "false with arguments"}, "compiler failed"),
+        ({"HF_LLAMA_REPRO_FAST": "off"}, "switched off"),
         ({"XDG_CACHE_HOME": "/proc/nowhere"}, "cannot be written"),
     ],
 )
@@ -214,6 +215,32 @@ def test_without_a_compiler_it_says_so_and_the_model_computes(environment, messa
         monkeypatch.undo()
         cpu_kernel.load.cache_clear()
         cpu_kernel.available.cache_clear()
+
+
+def test_a_damaged_build_is_named(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", "from hf_llama_repro import cpu_kernel; cpu_kernel.load()"]
+    subprocess.run(command, env=environment, check=True)
+    (built,) = (tmp_path / "hf_llama_repro").iterdir()
+    built.write_bytes(b"\x7fELF")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert f"KernelError: {built} cannot be loaded" in done.stderr
+    assert "remove it, and it is built again" in done.stderr
+
+
+def test_prepared_on_cuda_uses_the_static_cache_until_restored(monkeypatch):
+    """The device is a pretended one: what is set on the model is looked at, not what is computed."""
+    for before in (None, "dynamic", "static"):
+        model = talker()
+        model.generation_config.cache_implementation = before
+        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+        assert restore(model).generation_config.cache_implementation == before
+        assert optimize(optimize(model)).generation_config.cache_implementation == "static"
+        assert restore(model).generation_config.cache_implementation == before
+        with pytest.raises(InputError, match="load_in_8bit"):
+            optimize(model, int8=True)
+        assert model.generation_config.cache_implementation == before
+        monkeypatch.undo()
 
 
 def test_prepared_is_undone(tmp_path):
@@ -288,6 +315,44 @@ def test_prepared_refuses_training_and_adapters():
 def test_prepared_refuses_what_it_does_not_know(change, message):
     with pytest.raises(InputError, match=message):
         optimize(change(talker()))
+
+
+def test_prepared_model_of_two_dtypes_is_refused():
+    model = talker(dtype=torch.bfloat16)
+    optimize(model)
+    model.model.norm.float()
+    for use in (optimize, lambda model: model.generate(torch.ones(1, 8, dtype=torch.long), max_new_tokens=2, **GREEDY)):
+        with pytest.raises(InputError, match=r"not of torch.bfloat16, torch.float32"):
+            use(model)
+
+
+def test_prepared_leaves_other_dtypes_of_embeddings_and_autocast_to_the_ordinary_path():
+    model = talker(dtype=torch.bfloat16)
+    calls = counted(optimize(model))
+    embeddings = model.model.embed_tokens(random_tokens(model.config, batch=1, seq=4)).detach()
+    with torch.no_grad():
+        assert model(inputs_embeds=embeddings).logits.dtype == torch.bfloat16
+        assert len(calls) == 1
+        with pytest.raises(RuntimeError, match="dtype"):  # as without optimize
+            model(inputs_embeds=embeddings.float())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert model(inputs_embeds=embeddings.float()).logits.isfinite().all()
+    assert len(calls) == 1
+
+
+def test_prepared_calls_the_hooks_of_users():
+    model, seen = talker(), []
+    tokens = random_tokens(model.config, batch=1, seq=4)
+    with torch.no_grad():
+        optimize(model)(input_ids=tokens, output_hidden_states=True)  # installs hooks of transformers
+        calls = counted(model)
+        model(input_ids=tokens)
+        assert len(calls) == 1
+        handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+        model(input_ids=tokens)
+        handle.remove()
+        model(input_ids=tokens)
+    assert (len(seen), len(calls)) == (1, 2)
 
 
 def test_prepared_lora_merged_and_unmerged():

@@ -158,10 +158,7 @@ template <class P, class T> class ManyQueries {
         }
         float largest = NOTHING;
         for (int lane = 0; lane < LANES; ++lane) largest = std::max(largest, most[lane]);
-        if (largest == NOTHING) {
-            std::memset(weights, 0, columns * sizeof(X));
-            return 0;
-        }
+        if (largest == NOTHING) largest = 0;  // no key may be looked at, or every score is NaN
         floats total = {};
         for (int64_t key = 0; key < columns; key += LANES) {
             const floats some = exponential((load(scores + key) - largest) * a.scaling);

@@ -208,10 +208,11 @@ template <class P, class T> class Pass {
         }
         float *mixed = shared.mixed.data() + at * size;
         std::fill(mixed, mixed + size, 0.0f);
-        if (largest > NOTHING) {
+        if (first < last) {
+            const float subtracted = largest == NOTHING ? 0 : largest;  // no key is seen, or every score is NaN
             std::fill(scores.begin() + (last - first), scores.end(), NOTHING);  // up to a whole vector
             for (int64_t key = 0; key < last - first; key += LANES) {
-                const floats weights = exponential(load(scores.data() + key) - largest);
+                const floats weights = exponential(load(scores.data() + key) - subtracted);
                 std::memcpy(scores.data() + key, &weights, sizeof(weights));
                 weight_sum += sum(weights);
             }

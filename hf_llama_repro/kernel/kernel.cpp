@@ -24,12 +24,6 @@ static void linear(const Linear &matrix, const T *inputs, T *outputs, int64_t to
     }
 }
 
-template <class T> static void dequantize(const int8_t *weight, const float *factor, T *outputs, int64_t rows, int64_t columns, int32_t threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t i = row * columns; i < (row + 1) * columns; ++i) store(outputs + i, weight[i] * factor[row]);
-}
-
 #ifdef BF16_PRODUCTS
 typedef HalfProducts Bf16Products;
 #else
@@ -53,11 +47,5 @@ void llama_repro_linear(const void *weight, const void *bias, const void *inputs
 void llama_repro_attention(const Attention *attention) {
     if (attention->dtype == FP32) ManyQueries<FloatProducts, float>(*attention).run();
     else ManyQueries<Bf16Products, bf16>(*attention).run();
-}
-
-void llama_repro_dequantize(const void *weight, const float *factor, void *outputs, int64_t rows, int64_t columns, int32_t dtype,
-                            int32_t threads) {
-    if (dtype == FP32) dequantize((const int8_t *)weight, factor, (float *)outputs, rows, columns, threads);
-    else dequantize((const int8_t *)weight, factor, (bf16 *)outputs, rows, columns, threads);
 }
 }

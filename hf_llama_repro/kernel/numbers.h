@@ -70,7 +70,7 @@ static inline float sum(floats x) {
     return total;
 }
 
-// e^x to fp32's precision, for x <= 0; 0 below -87. With x = n ln 2 + r: 2^n times a polynomial in r (Cephes' expf).
+// e^x to fp32's precision, for x <= 0; 0 below -87, NaN for NaN. With x = n ln 2 + r: 2^n times a polynomial in r (Cephes' expf).
 static inline floats exponential(floats x) {
     const floats scaled = x * 1.44269504f - 0.5f;
     const integers n = __builtin_convertvector(scaled, integers);  // towards zero, which is up here
@@ -85,7 +85,7 @@ static inline floats exponential(floats x) {
     const integers power = (n + 127) << 23;
     floats factor;
     std::memcpy(&factor, &power, sizeof(factor));
-    const integers kept = x > -87.0f;
+    const integers kept = ~(x <= -87.0f);
     const floats product = y * factor;
     integers bits;
     std::memcpy(&bits, &product, sizeof(bits));
