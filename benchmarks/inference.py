@@ -29,12 +29,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from model import DTYPES, _tokens, machine, models, prefill  # noqa: E402
+from model import DTYPES, PREFILL_TOKENS, PROMPT_TOKENS, _tokens, decode, machine, models, prefill  # noqa: E402
 
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM, optimize, restore  # noqa: E402
 from hf_llama_repro.configuration_llama_repro import PAPER_SIZES  # noqa: E402
 
-PROMPT_TOKENS, NEW_TOKENS, PREFILL_TOKENS = 64, 128, 512
+NEW_TOKENS = 128
 CONTEXTS = (64, 256, 1024, 2048, 4096)
 BATCHES = (1, 2, 4, 8, 16)
 PREFILLS = (64, 128, 256, 512, 1024, 2048)
@@ -70,13 +70,6 @@ def seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def decode(model: PreTrainedModel, batch: int, new: int = NEW_TOKENS, **how: Any) -> Callable[[], Any]:
-    prompt = _tokens(model, batch, PROMPT_TOKENS)
-    settings = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0, **how}
-    generate: Any = model.generate
-    return lambda: generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
 
 
 class Peer:
@@ -142,17 +135,17 @@ def columns(
     def timed(work: Callable[[], Any]) -> Callable[[], float]:
         return lambda: seconds(work)
 
-    own = decode(ours, batch) if batch else prefill(ours)
+    own = decode(ours, batch, NEW_TOKENS) if batch else prefill(ours)
     found = {
         "limit": limit(ours, batch),
-        "upstream": timed(decode(upstream, batch) if batch else prefill(upstream)),
+        "upstream": timed(decode(upstream, batch, NEW_TOKENS) if batch else prefill(upstream)),
         "ours": timed(own),
     }
     if batch and best:
         compiled = CompileConfig(fullgraph=False, dynamic=False, mode="default")
         compiled._compile_all_devices = True  # type: ignore[assignment]  # else transformers compiles on accelerators only
         how: dict[str, Any] = {"cache_implementation": "static", "compile_config": compiled}
-        found["upstream, static cache, compiled"] = timed(decode(upstream, batch, **how))
+        found["upstream, static cache, compiled"] = timed(decode(upstream, batch, NEW_TOKENS, **how))
     found["ours, prepared"] = prepared(ours, own, int8=False)
     if batch:
         found["ours, int8"] = prepared(ours, own, int8=True)
