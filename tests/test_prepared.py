@@ -337,6 +337,7 @@ def test_prepared_leaves_other_dtypes_of_embeddings_and_autocast_to_the_ordinary
             model(inputs_embeds=embeddings.float())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert model(inputs_embeds=embeddings.float()).logits.isfinite().all()
+            assert model(inputs_embeds=embeddings).logits.isfinite().all()
     assert len(calls) == 1
 
 
