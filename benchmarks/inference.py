@@ -2,7 +2,7 @@
 
     make bench-inference                                 # with .venv-peers, in which llama-cpp-python and litgpt are
     python benchmarks/inference.py --peers PYTHON        # another environment's Python; without one: no peers
-    python benchmarks/inference.py --size 7b             # a random 7B: ours alone, beside the limits (30 GB of memory)
+    python benchmarks/inference.py --size 7b             # a random 7B: ours alone, beside the limits (22 GB of memory)
 
 All take turns within one run; figures are medians over the rounds. Decoding is `generate` of 128 tokens after 64,
 greedy, the prompt's time included; prefill is one pass over 512 tokens. The limit takes its turns too: a token cannot
@@ -59,8 +59,10 @@ PRODUCT = 2 * 2048**3
 def limit(model: PreTrainedModel, batch: int, new: int = NEW_TOKENS) -> Callable[[], float]:
     """Seconds in which the weights can be read once for each token, or a prompt's products be done (batch 0)."""
     if batch:
-        read = reading(weight_bytes(model))
-        return lambda: statistics.mean(seconds(read) for _ in range(16)) * new
+        count = weight_bytes(model)
+        part = min(count, 1 << 29)  # far more than a processor's cache holds
+        read = reading(part)
+        return lambda: statistics.mean(seconds(read) for _ in range(16)) * new * count / part
     operations = 2 * PREFILL_TOKENS * sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
     multiply = product(model.dtype)
     return lambda: min(seconds(multiply) for _ in range(8)) * operations / PRODUCT
