@@ -93,6 +93,8 @@ template <class P, class T> class Pass {
     const int thread, threads;
     const int64_t tokens, total, groups, chunks;
     std::vector<X> input;  // this thread's copy of what a linear layer is applied to
+    std::vector<int16_t> shorts;
+    std::vector<float> factors;  // (tokens,)
     std::vector<float> scores, block, gates;
 
   public:
@@ -106,7 +108,8 @@ template <class P, class T> class Pass {
         for (int64_t number = 0; number < model.num_layers; ++number) {
             const Layer &layer = model.layers[number];
             norm(layer.input_norm);
-            project(layer.q, shared.query), project(layer.k, shared.key), project(layer.v, shared.value);
+            const Inputs<X> activations = inputs(input.data(), {&layer.q, &layer.k, &layer.v});
+            project(layer.q, activations, shared.query), project(layer.k, activations, shared.key), project(layer.v, activations, shared.value);
             barrier();
             T *keys = (T *)step.keys[number], *values = (T *)step.values[number];
             append(keys, values);
@@ -114,12 +117,12 @@ template <class P, class T> class Pass {
             attend(keys, values);
             barrier();
             combine();
-            add(layer.o, input.data());
+            add(layer.o, inputs(input.data(), {&layer.o}));
             barrier();
             norm(layer.post_attention_norm);
             swiglu(layer);
             barrier();
-            add(layer.down, (const X *)shared.inner.data());
+            add(layer.down, inputs((const X *)shared.inner.data(), {&layer.down}));
             barrier();
         }
         head();
@@ -130,6 +133,21 @@ template <class P, class T> class Pass {
 #pragma omp barrier
     }
 
+    // Activations (tokens, columns) as the input of linear layers, of which any may have int8 weights.
+    Inputs<X> inputs(const X *values, std::initializer_list<const Linear *> linears) {
+#ifdef SHORT_PRODUCTS
+        for (const Linear *linear : linears) {
+            if (linear->dtype != INT8 || tokens > P::SHORTS) continue;
+            const int64_t columns = linear->columns;
+            shorts.resize(tokens * columns), factors.resize(tokens);
+            for (int64_t token = 0; token < tokens; ++token)
+                factors[token] = round_to_shorts(values + token * columns, columns, shorts.data() + token * columns);
+            return {values, shorts.data(), factors.data()};
+        }
+#endif
+        return {values, nullptr, nullptr};
+    }
+
     Share share(int64_t count) const { return Share(count, thread, threads); }
 
     void norm(const void *weight) {
@@ -138,15 +156,15 @@ template <class P, class T> class Pass {
                    input.data() + token * model.hidden);
     }
 
-    void project(const Linear &linear, std::vector<float> &result) {
+    void project(const Linear &linear, const Inputs<X> &inputs, std::vector<float> &result) {
         Share mine = share(linear.rows);
         float *into = result.data();
         int64_t rows = linear.rows;
-        apply<P, T>(linear, mine.first, mine.last, input.data(), tokens, block.data(),
+        apply<P, T>(linear, mine.first, mine.last, inputs, tokens, block.data(),
                     [=](int64_t row, int64_t token, float value) { into[token * rows + row] = value; });
     }
 
-    void add(const Linear &linear, const X *inputs) {
+    void add(const Linear &linear, const Inputs<X> &inputs) {
         Share mine = share(linear.rows);
         float *hidden = step.hidden;
         int64_t rows = linear.rows;
@@ -245,14 +263,15 @@ template <class P, class T> class Pass {
     void swiglu(const Layer &layer) {
         const Share mine = share(layer.gate.rows);
         const int64_t rows = layer.gate.rows;
+        const Inputs<X> activations = inputs(input.data(), {&layer.gate, &layer.up});
         X *inner = (X *)shared.inner.data();
         // A block of rows of both at a time: the gate's values wait in the first-level cache.
         for (int64_t first = mine.first; first < mine.last; first += BLOCK) {
             const int64_t last = std::min(first + BLOCK, mine.last);
-            apply<P, T>(layer.gate, first, last, input.data(), tokens, block.data(), [&](int64_t row, int64_t token, float value) {
+            apply<P, T>(layer.gate, first, last, activations, tokens, block.data(), [&](int64_t row, int64_t token, float value) {
                 gates[(row - first) * tokens + token] = value / (1 + std::exp(-value));
             });
-            apply<P, T>(layer.up, first, last, input.data(), tokens, block.data(), [&](int64_t row, int64_t token, float value) {
+            apply<P, T>(layer.up, first, last, activations, tokens, block.data(), [&](int64_t row, int64_t token, float value) {
                 store(inner + token * rows + row, gates[(row - first) * tokens + token] * value);
             });
         }
@@ -267,7 +286,7 @@ template <class P, class T> class Pass {
         const Share mine = share(model.head.rows);
         T *logits = (T *)step.logits;
         const int64_t rows = model.head.rows;
-        apply<P, T>(model.head, mine.first, mine.last, input.data(), step.batch * kept, block.data(),
+        apply<P, T>(model.head, mine.first, mine.last, inputs(input.data(), {&model.head}), step.batch * kept, block.data(),
                     [=](int64_t row, int64_t token, float value) { store(logits + token * rows + row, value); });
     }
 };

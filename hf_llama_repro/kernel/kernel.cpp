@@ -19,7 +19,7 @@ static void linear(const Linear &matrix, const T *inputs, T *outputs, int64_t to
     {
         const Share mine(matrix.rows, omp_get_thread_num(), omp_get_num_threads());
         std::vector<float> block(BLOCK * tokens);
-        apply<P, T>(matrix, mine.first, mine.last, x, tokens, block.data(),
+        apply<P, T>(matrix, mine.first, mine.last, {x, nullptr, nullptr}, tokens, block.data(),
                     [=](int64_t row, int64_t token, float value) { store(outputs + token * matrix.rows + row, value); });
     }
 }

@@ -11,6 +11,9 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define BF16_PRODUCTS 1
 #endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define SHORT_PRODUCTS 1
+#endif
 
 enum Dtype : int32_t { FP32 = 0, BF16 = 1, INT8 = 2 };
 
@@ -27,10 +30,12 @@ typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef int16_t int16s __attribute__((vector_size(2 * LANES)));
 typedef int8_t bytes __attribute__((vector_size(LANES)));
 
 static inline float to_float(float x) { return x; }
 static inline float to_float(int8_t x) { return x; }
+static inline float to_float(int16_t x) { return x; }
 static inline float to_float(bf16 x) {
     uint32_t bits = uint32_t(x.bits) << 16;
     float value;
@@ -63,6 +68,16 @@ static inline floats load(const int8_t *at) {
 #else
     return __builtin_convertvector(load_as<bytes>(at), floats);
 #endif
+}
+static inline int32_t bits_of(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return bits;
+}
+static inline integers bits_of(floats x) {
+    integers bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return bits;
 }
 static inline float sum(floats x) {
     float total = 0;
