@@ -82,11 +82,12 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: what `sdpa` computes, (batch, seq, heads, head_dim)."""
     output = None
-    if _plain(query, key, value) and not observed() and _packs_requests(query, scaling, dropout, kwargs):
+    plain = scaling is not None and not dropout and not observed() and _plain(query, key, value)
+    if plain and _packs_requests(query, kwargs):
         return _each_request(module, query, key, value, scaling, kwargs), None
     if attention_mask is None and query.shape[2] > 1 and not module.is_causal:
         pass  # a model that was made to look both ways
-    elif not (observed() or dropout or scaling is None or kwargs.keys() & SDPA_OPTIONS) and _plain(query, key, value):
+    elif plain and not kwargs.keys() & SDPA_OPTIONS:
         way = _one_query if query.shape[2] == 1 else _many_queries
         output = way(query, key, value, attention_mask, scaling)
     if output is None:
@@ -122,9 +123,9 @@ def _many_queries(
     return cpu_kernel.attention(query, key, value, mask, scaling)
 
 
-def _packs_requests(query: torch.Tensor, scaling: float | None, dropout: float, kwargs: dict[str, Any]) -> bool:
+def _packs_requests(query: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether this is `generate_batch` (continuous batching): the tokens of all requests, in one row."""
-    if scaling is None or dropout or kwargs.get("cache") is None or kwargs.get("block_table") is not None:
+    if kwargs.get("cache") is None or kwargs.get("block_table") is not None:
         return False
     ends = kwargs.get("cu_seq_lens_q")
     return ends is not None and int(ends[-1]) == query.shape[2] and cpu_kernel.available()
@@ -135,13 +136,13 @@ def _each_request(
     query: torch.Tensor,  # (1, heads, new tokens of all requests, head_dim)
     key: torch.Tensor,
     value: torch.Tensor,
-    scaling: float,
+    scaling: Any,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """Each request's queries with its own keys; SDPA multiplies all queries with all keys, and masks the others'."""
     key, value = kwargs["cache"].update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     queries, keys = (kwargs[f"cu_seq_lens_{name}"].tolist() for name in "qk")
-    outputs = []
+    outputs: list[Any] = []
     for request in range(len(queries) - 1):
         new, total = slice(*queries[request : request + 2]), slice(*keys[request : request + 2])
         seq, past = new.stop - new.start, total.stop - total.start - (new.stop - new.start)
