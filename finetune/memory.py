@@ -150,6 +150,16 @@ class Memory:
     def peak(self) -> int:
         return sum(self.at_peak.values())
 
+    def divided(self, processes: int, whole: int) -> "Memory":
+        """Of one process where FSDP divides the model; `whole`: bytes of layers that are put together at a time."""
+        parts = ("weights", "adapter", "gradients", "optimizer")
+
+        def share(figures: dict[str, int]) -> dict[str, int]:
+            shared = {name: -(-count // processes) if name in parts else count for name, count in figures.items()}
+            return {**shared, "temporary": shared["temporary"] + whole}
+
+        return Memory(at_peak=share(self.at_peak), largest=share(self.largest), moment=self.moment)
+
 
 @dataclass(frozen=True)
 class Trace:
