@@ -222,9 +222,10 @@ class FinetuneTrainer(Trainer):
         if not (uses_fsdp() and self.recipe.method == "lora"):
             super().save_model(output_dir, _internal_call)
             return
-        trained = gather_trained(self.model)
+        model: Any = self.model
+        trained = gather_trained(model)
         if self.args.should_save:
-            self.model.save_pretrained(str(output_dir), state_dict=trained)  # type: ignore[union-attr]
+            model.save_pretrained(str(output_dir), state_dict=trained)
 
     def save_final(self, target: Path) -> None:
         """Writes what was trained, without the state of the run."""

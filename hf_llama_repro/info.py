@@ -51,7 +51,8 @@ def requirements() -> list[tuple[str, Requirement]]:
 
 def packages() -> tuple[Section, Section]:
     """What is needed and what may be there, each with its version and what is wrong with it."""
-    needed, optional = {}, {}
+    needed: Section = {}
+    optional: Section = {}
     for extra, requirement in requirements():
         version = installed_version(requirement.name)
         remedy = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install '{requirement.name}'"

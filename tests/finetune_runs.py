@@ -19,11 +19,14 @@ from sentencepiece_fixtures import convert, corpus
 
 from finetune.alpaca import Data, prepare_data
 from finetune.model import choose_compute, load_model
+from finetune.processes import CONFIGURATIONS
 from finetune.recipe import Recipe
 from finetune.training import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+# What makes the configurations for cards run on a machine that may have some; a core for each process.
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -109,23 +112,45 @@ def run_command(recipe: Recipe, *arguments: str, **environment: str) -> subproce
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
 
 
-def kill_after(recipe: Recipe, step: int, how: signal.Signals) -> str:
-    """Starts the run and ends it by a signal once `step` is in its metrics; what it printed."""
+def launch_line(recipe: Recipe, configuration: str, *arguments: str) -> list[str]:
+    """The command under `accelerate launch`, which starts two processes by a file of finetune/accelerate/."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher += ["--config_file", str(CONFIGURATIONS / f"{configuration}.yaml"), "--num_processes", "2"]
+    return [*launcher, *command_line(recipe, *arguments)[1:]]
+
+
+def launch(recipe: Recipe, configuration: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The run of two real processes on a CPU, which talk by gloo."""
+    command = launch_line(recipe, configuration, *arguments)
+    environment = {**os.environ, **ON_CPU}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=1200)
+
+
+def kill_after(recipe: Recipe, step: int, how: signal.Signals, configuration: str | None = None) -> str:
+    """Starts the run and ends it by a signal once `step` is in its metrics; what it printed.
+
+    With a `configuration` of finetune/accelerate/ it is two processes, and they end with their launcher.
+    """
     process = subprocess.Popen(
-        command_line(recipe),
+        command_line(recipe) if configuration is None else launch_line(recipe, configuration),
         cwd=ROOT,
+        env={**os.environ, **(ON_CPU if configuration else {})},
+        start_new_session=configuration is not None,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         # A shell's background jobs ignore Ctrl-C, and hand that down.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + (120 if configuration is None else 600)
     while not any("loss" in line and line["step"] >= step for line in metrics(recipe)):
         assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(how)
+    if configuration is None:
+        process.send_signal(how)
+    else:
+        os.killpg(process.pid, how)
     output, _ = process.communicate(timeout=120)
     return output
 
