@@ -60,10 +60,11 @@ def let_fsdp_run_on_cpu(mixed_precision: str) -> None:
     To be called after transformers' TrainingArguments were made, which begin that state anew, and before the Trainer.
     """
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 
     plugin = FullyShardedDataParallelPlugin()
-    state = AcceleratorState(mixed_precision=mixed_precision, cpu=True, fsdp_plugin=plugin, _from_accelerator=True)
+    given: dict[str, Any] = {"dynamo_plugin": TorchDynamoPlugin(), "fsdp_plugin": plugin, "_from_accelerator": True}
+    state = AcceleratorState(mixed_precision=mixed_precision, cpu=True, **given)
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.FSDP
         state.fsdp_plugin = plugin

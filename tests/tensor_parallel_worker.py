@@ -13,7 +13,7 @@ from random_models import random_tokens
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-import hf_llama_repro  # noqa: F401
+import hf_llama_repro
 
 NEW_TOKENS = 12
 
@@ -41,6 +41,10 @@ def main() -> None:
             logits = model(tokens).logits
         generated = model.generate(tokens[:, :16], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         found = {"logits": logits, "generated": generated, "held": held_bytes(model), "grown": grown}
+        try:
+            hf_llama_repro.optimize(model)
+        except ValueError as error:
+            found["refused"] = str(error)
         torch.save(found, results / f"{folder.name}-{os.environ['RANK']}.pt")
         del model
     dist.destroy_process_group()

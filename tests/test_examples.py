@@ -14,7 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import offload, peft_adapters, qlora, torchao_weight_only
-from hf_llama_repro import LlamaReproForCausalLM
+from hf_llama_repro import LlamaReproForCausalLM, optimize
+from hf_llama_repro.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "river hill stone"
@@ -103,6 +104,8 @@ def test_torchao_quantizes_the_weights_of_linear_layers(tiny_base):
         m.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=c) for m, c in ((model, True), (model, False))
     ]
     assert torch.equal(*generated)
+    with pytest.raises(InputError, match="a quantized form runs on the ordinary path"):
+        optimize(model)
 
 
 def test_a_model_that_does_not_fit_lies_on_the_disk(tiny_base, tmp_path):

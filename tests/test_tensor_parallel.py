@@ -73,16 +73,17 @@ def test_another_model_has_other_logits(sliced):
     assert relative_difference(found(sliced / "results", "grouped")[0]["logits"], logits) > 0.1
 
 
-@pytest.mark.parametrize("name", [name for name in HEADS if name != "tied"])
-def test_each_process_holds_half_of_what_is_sliced(sliced, name):
-    """All but the embedding and the norms."""
-    model = random_model(tiny_config(**HEADS[name]))
-    whole = held_bytes(model)
-    kept = 4 * sum(p.numel() for n, p in model.named_parameters() if "embed" in n or "norm" in n)
-    kept += 4 * sum(p.numel() for n, p in model.named_parameters() if n.endswith(("o_proj.bias", "down_proj.bias")))
+@pytest.mark.parametrize("name", HEADS)
+def test_each_process_holds_half_of_the_weights(sliced, name):
+    """Norms are whole in both; so is the embedding, a tenth of these models, in older versions of transformers."""
+    whole = held_bytes(random_model(tiny_config(**HEADS[name])))
     for process in found(sliced / "results", name):
-        sliced_bytes = process["held"] - kept
-        assert abs(sliced_bytes / (whole - kept) - 0.5) < 0.01  # an odd vocabulary: 66 rows and 65
+        assert 0.49 < process["held"] / whole < 0.57
+
+
+def test_slices_are_not_prepared_as_if_they_were_whole(sliced):
+    for process in found(sliced / "results", "grouped"):
+        assert "is a DTensor: a slice (tp_plan)" in process["refused"]
 
 
 def test_more_processes_than_kv_heads_are_refused(tmp_path):
