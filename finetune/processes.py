@@ -59,14 +59,15 @@ def let_fsdp_run_on_cpu(mixed_precision: str) -> None:
 
     To be called after transformers' TrainingArguments were made, which begin that state anew, and before the Trainer.
     """
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 
     plugin = FullyShardedDataParallelPlugin()
     given: dict[str, Any] = {"dynamo_plugin": TorchDynamoPlugin(), "fsdp_plugin": plugin, "_from_accelerator": True}
     state = AcceleratorState(mixed_precision=mixed_precision, cpu=True, **given)
     if state.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type = DistributedType.FSDP
+        # The Trainer's Accelerator takes what the processes share over into its own state once more.
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         state.fsdp_plugin = plugin
 
 

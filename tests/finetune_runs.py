@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from random_models import random_model, tiny_config
@@ -129,13 +130,12 @@ def launch(recipe: Recipe, configuration: str, *arguments: str) -> subprocess.Co
 def kill_after(recipe: Recipe, step: int, how: signal.Signals, configuration: str | None = None) -> str:
     """Starts the run and ends it by a signal once `step` is in its metrics; what it printed.
 
-    With a `configuration` of finetune/accelerate/ it is two processes, and they end with their launcher.
+    With a `configuration` of finetune/accelerate/ it is two processes and their launcher, and all get the signal.
     """
     process = subprocess.Popen(
         command_line(recipe) if configuration is None else launch_line(recipe, configuration),
         cwd=ROOT,
         env={**os.environ, **(ON_CPU if configuration else {})},
-        start_new_session=configuration is not None,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -147,10 +147,10 @@ def kill_after(recipe: Recipe, step: int, how: signal.Signals, configuration: st
         assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    if configuration is None:
-        process.send_signal(how)
-    else:
-        os.killpg(process.pid, how)
+    # The launcher's processes are in sessions of their own, and would outlive it.
+    for child in psutil.Process(process.pid).children(recursive=True) if configuration else ():
+        child.send_signal(how)
+    process.send_signal(how)
     output, _ = process.communicate(timeout=120)
     return output
 
