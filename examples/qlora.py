@@ -38,11 +38,11 @@ def train(folder: Path, output: Path, *, steps: int = 20, dtype: torch.dtype = t
     losses = []
     model.train()
     for _ in range(steps):
-        loss = sum(model(input_ids=tokens, labels=tokens).loss for tokens in ids) / len(ids)
+        loss: Any = sum(model(input_ids=tokens, labels=tokens).loss for tokens in ids) / len(ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     model.save_pretrained(str(output))
     return losses
 

@@ -212,7 +212,7 @@ def _quantized(recipe: Recipe) -> str:
 
 def _trainer(recipe: Recipe, data: Data, model: Any, state: Any, compute: Any, *, begins: bool) -> Any:
     from .guards import GradientWatch, check_saved_adapter, check_saved_part
-    from .processes import gather_trained, uses_fsdp
+    from .processes import gather_trained, uses_deepspeed, uses_fsdp
     from .progress import Progress
     from .template import save_template
     from .training import METRICS, TENSORBOARD, FinetuneTrainer, MetricsFile, tensorboard, training_arguments
@@ -242,7 +242,7 @@ def _trainer(recipe: Recipe, data: Data, model: Any, state: Any, compute: Any, *
             recipe,
             state.num_processes,
             compute.dtype,
-            use_cpu=compute.device.type == "cpu",
+            use_cpu=compute.device.type == "cpu" and not uses_deepspeed(),
             eval_on_start=begins and bool(data.held_out),
         ),
         train=data.train,

@@ -34,9 +34,9 @@ def begin() -> Any:
     import torch
     from accelerate import PartialState
 
-    # On a CPU every process would else take itself for the only one.
+    # On a CPU every process would else take itself for the only one; DeepSpeed knows CPUs, but not by this setting.
     forced = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    return PartialState(cpu=forced or not torch.accelerator.is_available())
+    return PartialState(cpu=(forced or not torch.accelerator.is_available()) and not uses_deepspeed())
 
 
 def check_engine(recipe: Recipe) -> None:
