@@ -101,7 +101,7 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     """
     from .guards import check_trained
     from .model import choose_compute, load_model
-    from .processes import begin, check_engine
+    from .processes import begin, check_engine, end
     from .training import METRICS
 
     if not recipe.output_dir:
@@ -138,6 +138,7 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     if state.is_main_process:
         say(_picture(Path(recipe.output_dir)))
     say(f"written     {target}")
+    end(state)
     return target
 
 

@@ -39,6 +39,13 @@ def begin() -> Any:
     return PartialState(cpu=(forced or not torch.accelerator.is_available()) and not uses_deepspeed())
 
 
+def end(state: Any) -> None:
+    """Waits for the others and lets go of the connection: a process that just leaves may take them down with it."""
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
+
 def check_engine(recipe: Recipe) -> None:
     """Raises `InputError` for a recipe that the engine of `accelerate launch` cannot train."""
     if uses_fsdp() and os.environ.get("FSDP_VERSION", "1") != "2":
