@@ -213,7 +213,7 @@ def _quantized(recipe: Recipe) -> str:
 
 def _trainer(recipe: Recipe, data: Data, model: Any, state: Any, compute: Any, *, begins: bool) -> Any:
     from .guards import GradientWatch, check_saved_adapter, check_saved_part
-    from .processes import gather_trained, uses_deepspeed, uses_fsdp
+    from .processes import divides_weights, gather_trained, uses_deepspeed
     from .progress import Progress
     from .template import save_template
     from .training import METRICS, TENSORBOARD, FinetuneTrainer, MetricsFile, tensorboard, training_arguments
@@ -225,7 +225,7 @@ def _trainer(recipe: Recipe, data: Data, model: Any, state: Any, compute: Any, *
     def check_saved(folder: Path) -> None:
         if recipe.method != "lora":
             return
-        if uses_fsdp():
+        if divides_weights():
             gathered = gather_trained(model)  # by all processes
             if state.is_main_process:
                 check_saved_part(model, gathered, folder)

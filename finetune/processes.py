@@ -79,10 +79,17 @@ def let_fsdp_run_on_cpu(mixed_precision: str) -> None:
 
 
 def gather_trained(model: Any) -> dict[str, Any]:
-    """Every trained tensor of a model that FSDP divided, on the CPU of the main process; empty on the others.
+    """Every trained tensor of a model that is divided, on the CPU of the main process; empty on the others.
 
     All processes must call it. Nothing that is frozen is gathered.
     """
+    if uses_deepspeed():
+        import deepspeed
+
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        with deepspeed.zero.GatheredParameters(list(trained.values())):
+            is_main = int(os.environ.get("RANK", "0")) == 0
+            return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()} if is_main else {}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
