@@ -29,14 +29,19 @@ def divides_weights() -> bool:
     return uses_fsdp() or (uses_deepspeed() and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3")
 
 
+def forced_on_cpu() -> bool:
+    """Whether accelerate was told to leave cards aside."""
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+
+
 def begin() -> Any:
     """accelerate's state of the processes, with their connection to each other."""
     import torch
     from accelerate import PartialState
 
     # On a CPU every process would else take itself for the only one; DeepSpeed knows CPUs, but not by this setting.
-    forced = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    return PartialState(cpu=(forced or not torch.accelerator.is_available()) and not uses_deepspeed())
+    on_cpu = forced_on_cpu() or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu and not uses_deepspeed())
 
 
 def end(state: Any) -> None:
@@ -52,6 +57,11 @@ def check_engine(recipe: Recipe) -> None:
         raise InputError(
             "FSDP of version 1 is asked for, which saves no adapter of its own: add --fsdp_version 2, or launch with "
             f"--config_file {CONFIGURATIONS / 'fsdp2.yaml'}"
+        )
+    if uses_deepspeed() and forced_on_cpu():
+        raise InputError(
+            "DeepSpeed is asked for, and accelerate leaves it aside where ACCELERATE_USE_CPU is true: unset that variable, "
+            "which a machine without cards does not need for DeepSpeed"
         )
     if divides_weights() and recipe.quantization != "none":
         engine = "FSDP" if uses_fsdp() else "ZeRO 3"

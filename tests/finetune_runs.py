@@ -124,6 +124,8 @@ def launch(recipe: Recipe, configuration: str, *arguments: str) -> subprocess.Co
     """The run of two real processes on a CPU, which talk by gloo."""
     command = launch_line(recipe, configuration, *arguments)
     environment = {**os.environ, **ON_CPU}
+    if configuration.startswith("zero"):
+        del environment["ACCELERATE_USE_CPU"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=1200)
 
 

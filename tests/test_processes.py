@@ -153,12 +153,17 @@ def test_demo_recipe_killed_and_resumed_by_two_processes_is_that_of_one(demo, tm
 
 
 @pytest.mark.slow
-def test_deepspeed_divides_the_optimizer(alone, tmp_path):
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_deepspeed_takes_the_steps_of_one_process(alone, tmp_path, engine):
     pytest.importorskip("deepspeed", reason="pip install deepspeed")
     recipe = changed(alone, output_dir=str(tmp_path / "run"))
-    result = launch(recipe, "zero2")
+    result = launch(recipe, engine)
     assert result.returncode == 0, result.stderr
+    # Its own files: accelerate leaves DeepSpeed aside without a word where it takes the machine for one of CPUs.
+    parts = {path.name for path in (tmp_path / "run").glob("checkpoint-*/global_step*/*optim_states.pt")}
+    assert len(parts) == 2
     close(recipe, alone)
+    close_adapters(recipe, alone)
 
 
 def test_an_epoch_that_does_not_divide_ends_in_nothing():
@@ -177,6 +182,7 @@ def test_an_epoch_that_does_not_divide_ends_in_nothing():
     [
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "add --fsdp_version 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"quantization": "int8"}, "cannot be divided by FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"}, {}, "accelerate leaves it aside"),
         (
             {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
             {"quantization": "nf4"},
