@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test test-long test-oldest test-wheel lint type unit test-transformers bench bench-finetune bench-conversion bench-inference bench-memory build clean
+.PHONY: help install demo test test-scale test-long test-oldest test-wheel lint type unit test-transformers bench bench-finetune bench-conversion bench-inference bench-memory build clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -22,6 +22,9 @@ test: lint type unit  ## lint, types and tests: what CI runs
 
 test-long: $(INSTALLED)  ## 2,000 damaged files of each kind, and 7B in size: 32 minutes, 55 GB of disk
 	$(BIN)/python -m pytest --long $(PYTEST) tests/test_hostile_*.py tests/test_at_size.py
+
+test-scale: $(INSTALLED)  ## training by two processes (DDP, FSDP2), slices of a gigabyte, examples: 15 minutes
+	$(BIN)/python -m pytest --long $(PYTEST) tests/test_processes.py tests/test_tensor_parallel.py tests/test_examples.py
 
 test-oldest: .venv-oldest/.installed  ## the tests with the oldest transformers that pyproject.toml allows
 	.venv-oldest/bin/python -m pytest $(PYTEST)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import run
+from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import CheckpointError
 
 # torch and transformers are imported where they are used, so that --help answers at once.
@@ -312,6 +312,7 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="go on with what an interrupted conversion finished; --no-resume begins it anew",
     )
+    add_version(parser)
     return parser
 
 

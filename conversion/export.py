@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import run
+from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import CheckpointError
 
 # torch and transformers are imported where they are used, so that --help answers at once.
@@ -187,6 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-tokenizer", dest="with_tokenizer", action="store_false", help="write none")
     parser.add_argument("--context-length", type=int, metavar="TOKENS", help="where a Meta folder does not tell it")
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it is a checkpoint")
+    add_version(parser)
     return parser
 
 

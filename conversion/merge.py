@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import run
+from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import CheckpointError
 
 from .convert import DTYPES, Conversion, new_folder
@@ -394,6 +394,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")
     parser.add_argument("--force", action="store_true", help="merge into an int8 base, or what was never trained")
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it is a checkpoint")
+    add_version(parser)
     return parser
 
 

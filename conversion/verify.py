@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import run
+from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import CheckpointError
 
 # torch and transformers are imported where they are used, so that --help answers at once.
@@ -354,6 +354,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, metavar="N", help="to run (all)")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model that was used")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    add_version(parser)
     return parser
 
 

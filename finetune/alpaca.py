@@ -1,7 +1,7 @@
 """Instruction tuning by a recipe: one command, which says what it does, watches itself, and can be stopped and resumed.
 
 python -m finetune.alpaca RECIPE.yaml [--key value ...]
-accelerate launch -m finetune.alpaca RECIPE.yaml
+accelerate launch --config_file finetune/accelerate/ddp.yaml --num_processes 2 -m finetune.alpaca RECIPE.yaml
 """
 
 import argparse
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import run
+from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import InputError
 
 from .quiet import quiet
@@ -99,45 +99,46 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
 
     `resume` goes on from the newest checkpoint that is whole, or starts where there is none. Raises `InputError`.
     """
-    from accelerate import PartialState
-
     from .guards import check_trained
     from .model import choose_compute, load_model
+    from .processes import begin, check_engine, end
     from .training import METRICS
 
     if not recipe.output_dir:
         raise InputError("the recipe names no output_dir: add the key, or --output-dir PATH")
-    state = PartialState()
+    state = begin()
     recipe.accumulation(state.num_processes)
+    check_engine(recipe)
     _check_reporting(recipe)
     say: Callable[..., None] = print if state.is_main_process else (lambda *_, **__: None)
     data = prepare_data(recipe)
     say("\n".join(data.lines), flush=True)
     checkpoint = _open_output(recipe, resume=resume, say=say, is_main=state.is_main_process)
     state.wait_for_everyone()
+    _check_shared(recipe)
     compute = choose_compute(recipe, state.device)
     _seed(recipe.seed)
     model = load_model(recipe, compute)
     trained = check_trained(model, recipe)
     say(f"base        {recipe.base_model}: {_quantized(recipe)}, computes in {_name(compute.dtype)} ({compute.reason})")
-    trainer = _trainer(recipe, data, model, state, compute)
+    trainer = _trainer(recipe, data, model, state, compute, begins=checkpoint is None)
     say(_trained_line(recipe, model, trained))
-    say(_memory_line(recipe, data, state.num_processes, compute), flush=True)
+    if state.is_main_process:
+        say(_memory_line(recipe, data, state.num_processes, compute), flush=True)
     say(*_check_and_time(recipe, data, model, trainer, state), sep="\n", flush=True)
-    before = None
-    if checkpoint is None:
+    if checkpoint is None and state.is_main_process:
         (Path(recipe.output_dir) / METRICS).unlink(missing_ok=True)
-        before = trainer.evaluate()["eval_loss"] if data.held_out else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     target = Path(recipe.output_dir) / ("adapter" if recipe.method == "lora" else "model")
     trainer.save_final(target)
     if data.held_out:
         after = trainer.evaluate()["eval_loss"]
-        before = _held_out_before(recipe) if before is None else before
-        say(f"held out    loss {before:.4f} before, {after:.4f} after, over {len(data.held_out)} records")
+        before, number = _held_out_before(recipe), len(data.held_out)
+        say(f"held out    loss {before:.4f} before, {after:.4f} after, over {number} records")
     if state.is_main_process:
         say(_picture(Path(recipe.output_dir)))
     say(f"written     {target}")
+    end(state)
     return target
 
 
@@ -172,6 +173,15 @@ def _open_output(recipe: Recipe, *, resume: bool, say: Any, is_main: bool) -> Pa
     return None
 
 
+def _check_shared(recipe: Recipe) -> None:
+    """Raises `InputError` on a machine that does not see what the main process wrote."""
+    if not (Path(recipe.output_dir) / RECIPE_FILE).is_file():
+        raise InputError(
+            f"output_dir={recipe.output_dir} is not the same folder on every machine: every process writes its part of "
+            "a checkpoint there; choose one on a file system that all machines share"
+        )
+
+
 def _check_same(recipe: Recipe, begun: Recipe) -> None:
     import dataclasses
 
@@ -201,8 +211,9 @@ def _quantized(recipe: Recipe) -> str:
     return "not quantized" if recipe.quantization == "none" else f"in {recipe.quantization}"
 
 
-def _trainer(recipe: Recipe, data: Data, model: Any, state: Any, compute: Any) -> Any:
-    from .guards import GradientWatch, check_saved_adapter
+def _trainer(recipe: Recipe, data: Data, model: Any, state: Any, compute: Any, *, begins: bool) -> Any:
+    from .guards import GradientWatch, check_saved_adapter, check_saved_part
+    from .processes import divides_weights, gather_trained, uses_deepspeed
     from .progress import Progress
     from .template import save_template
     from .training import METRICS, TENSORBOARD, FinetuneTrainer, MetricsFile, tensorboard, training_arguments
@@ -212,7 +223,13 @@ def _trainer(recipe: Recipe, data: Data, model: Any, state: Any, compute: Any) -
         save_template(data.template, folder)
 
     def check_saved(folder: Path) -> None:
-        if recipe.method == "lora" and state.num_processes == 1:
+        if recipe.method != "lora":
+            return
+        if divides_weights():
+            gathered = gather_trained(model)  # by all processes
+            if state.is_main_process:
+                check_saved_part(model, gathered, folder)
+        elif state.is_main_process:
             check_saved_adapter(model, folder)
 
     output_dir = Path(recipe.output_dir)
@@ -222,8 +239,14 @@ def _trainer(recipe: Recipe, data: Data, model: Any, state: Any, compute: Any) -
     trainer = FinetuneTrainer(
         recipe=recipe,
         model=model,
-        args=training_arguments(recipe, state.num_processes, compute.dtype, use_cpu=compute.device.type == "cpu"),
-        train_dataset=data.train,
+        args=training_arguments(
+            recipe,
+            state.num_processes,
+            compute.dtype,
+            use_cpu=compute.device.type == "cpu" and not uses_deepspeed(),
+            eval_on_start=begins and bool(data.held_out),
+        ),
+        train=data.train,
         eval_dataset=data.held_out or None,
         callbacks=callbacks,
         check_saved=check_saved,
@@ -256,6 +279,7 @@ def _memory_line(recipe: Recipe, data: Data, num_processes: int, compute: Any) -
 
     from .model import read_config
     from .plan import plan, size
+    from .processes import uses_fsdp
 
     longest = max(len(example.input_ids) for example in data.train)
     as_run: dict[str, Any] = {"max_length": longest, "dtype": _name(compute.dtype)}
@@ -264,6 +288,7 @@ def _memory_line(recipe: Recipe, data: Data, num_processes: int, compute: Any) -
         read_config(Path(recipe.base_model)),
         records=len(data.train),
         num_processes=num_processes,
+        fsdp=uses_fsdp(),
         device="cpu" if compute.device.type == "cpu" else "cuda",  # others allocate as CUDA does
     )
     parts = ", ".join(f"{name} {size(count)}" for name, count in planned.memory.at_peak.items() if count)
@@ -281,12 +306,18 @@ def _memory_line(recipe: Recipe, data: Data, num_processes: int, compute: Any) -
 def _check_and_time(recipe: Recipe, data: Data, model: Any, trainer: Any, state: Any) -> list[str]:
     """One pass over the longest micro-batch, before the first step; what it says of the whole run."""
     from .guards import check_eos, check_labels, preflight
+    from .processes import divides_weights
 
     examples = sorted(data.train, key=lambda example: -len(example.input_ids))[: recipe.micro_batch_size]
     batch = trainer.data_collator(examples)
     check_labels(examples, batch["labels"])
-    check_eos(model, data.encoder.eos)
+    if state.is_main_process:  # the others may be without weights, where the main process is to hand them out
+        check_eos(model, data.encoder.eos)
     steps = recipe.max_steps or math.ceil(math.ceil(len(data.train) / recipe.batch_size) * recipe.epochs)
+    if divides_weights():
+        return [
+            f"time        {steps} steps; no process holds the whole model, so that the first step is the first check"
+        ]
     first = preflight(model, {name: tensor.to(state.device) for name, tensor in batch.items()})
     tokens = sum(len(example.input_ids) for example in data.train)
     epochs = steps * recipe.batch_size / len(data.train)
@@ -342,6 +373,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
     parser.add_argument("--inspect", type=int, metavar="N", help="print N records as the model sees them, and end")
     add_recipe_flags(parser)
+    add_version(parser)
     return parser
 
 

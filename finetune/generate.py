@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_llama_repro.command import run
+from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import CheckpointError, InputError
 
 from .quiet import quiet
@@ -130,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--quantization", choices=("none", "int8", "nf4"), default="none", help="of the base")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_version(parser)
     return parser
 
 

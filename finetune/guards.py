@@ -1,5 +1,6 @@
 """What keeps a run from failing silently: checks before the first step, at every step, and of everything saved."""
 
+import json
 import math
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from hf_llama_repro.errors import InputError
 
 from .encoding import IGNORED, Example
+from .processes import uses_deepspeed
 from .recipe import Recipe
 
 # Losses of so many optimizer steps that are equal to the last bit: two may be, where the first learning rate is 0.
@@ -186,15 +188,24 @@ class GradientWatch(TrainerCallback):
     """Looks at the gradients of every optimizer step, and at what the steps before made of the parameters."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if uses_deepspeed():  # which has taken the step by then
+            return
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
+        norm: Any = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        # Of divided gradients it is the norm of this process's parts, until they are put together.
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._check(norm.item(), state.global_step + 1, scaled=args.fp16)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if uses_deepspeed() and "grad_norm" in (logs or {}):
+            self._check(float(logs["grad_norm"]), state.global_step, scaled=args.fp16)
+
+    def _check(self, norm: float, step: int, *, scaled: bool) -> None:
         if norm == 0:
-            raise TrainingStoppedError(f"every gradient is exactly 0 at step {state.global_step + 1}: {_ADVICE_ZERO}")
+            raise TrainingStoppedError(f"every gradient is exactly 0 at step {step}: {_ADVICE_ZERO}")
         # Under gradient scaling an overflow is in order: the scaler skips that step.
-        if not math.isfinite(norm) and not args.fp16:
-            raise TrainingStoppedError(
-                f"the gradients are not finite at step {state.global_step + 1}: {_ADVICE_NONFINITE}"
-            )
+        if not math.isfinite(norm) and not scaled:
+            raise TrainingStoppedError(f"the gradients are not finite at step {step}: {_ADVICE_NONFINITE}")
 
 
 def check_saved_adapter(model: PeftModel, folder: Path) -> None:
@@ -202,12 +213,37 @@ def check_saved_adapter(model: PeftModel, folder: Path) -> None:
 
     It must hold every tensor of the adapter bit for bit, and give the same logits when it is loaded.
     """
+    check_saved_tensors(get_peft_model_state_dict(model), folder)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        difference = _logit_difference(model, folder)
+    if difference != 0:
+        raise TrainingStoppedError(
+            f"the adapter in {folder} gives other logits than the one in memory (largest difference {difference:.3g})"
+        )
+
+
+def check_saved_part(model: PeftModel, gathered: dict[str, torch.Tensor], folder: Path) -> None:
+    """The same for a model that is divided among processes, whose trained tensors were `gathered`: without logits.
+
+    That the adapter's rank, scale and layers are the model's takes their place.
+    """
+    check_saved_tensors(get_peft_model_state_dict(model, state_dict=gathered), folder)
+    config: Any = model.active_peft_config
+    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    for name in ("r", "lora_alpha", "target_modules"):
+        expected, found = getattr(config, name), saved.get(name)
+        if (sorted(found) != sorted(expected)) if name == "target_modules" else found != expected:
+            raise TrainingStoppedError(f"{folder}/adapter_config.json says {name} {found}, and not {expected}")
+
+
+def check_saved_tensors(expected: dict[str, torch.Tensor], folder: Path) -> None:
+    """Raises `TrainingStoppedError` where an adapter's file does not hold these tensors bit for bit, and no others."""
     path = folder / "adapter_model.safetensors"
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise TrainingStoppedError(f"the adapter that was saved cannot be read back: {path}: {error}") from None
-    expected = get_peft_model_state_dict(model)
     differing = [
         name for name in expected if name not in saved or not torch.equal(saved[name], expected[name].detach().cpu())
     ]
@@ -215,13 +251,6 @@ def check_saved_adapter(model: PeftModel, folder: Path) -> None:
         raise TrainingStoppedError(
             f"the adapter that was saved is not the one that was trained: {path} holds {len(saved)} tensors, "
             f"{len(differing)} of the {len(expected)} in memory are missing or differ"
-        )
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        difference = _logit_difference(model, folder)
-    if difference != 0:
-        raise TrainingStoppedError(
-            f"the adapter in {path} gives other logits than the one in memory (largest difference {difference:.3g})"
         )
 
 

@@ -12,7 +12,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest import mock
 
@@ -117,6 +117,7 @@ class StorageRecord(TorchDispatchMode):
         """The peak after the model was built."""
         now = dict.fromkeys(CATEGORIES, 0)
         largest, peak, moment, phase = now, dict(now), "build", 0
+        peaks: dict[str, dict[str, int]] = {}
         alive: set[int] = set()
         for number in self.events:
             storage = self.storages[number]
@@ -132,9 +133,11 @@ class StorageRecord(TorchDispatchMode):
                 largest = dict(now, temporary=0)
                 continue
             largest = {name: max(largest[name], now[name]) for name in CATEGORIES}
+            if sum(now.values()) > sum(peaks.get(self.phases[phase], {}).values()):
+                peaks[self.phases[phase]] = dict(now)
             if sum(now.values()) > sum(peak.values()):
                 peak, moment = dict(now), self.phases[phase]
-        return Memory(at_peak=peak, largest=largest, moment="loss" if peak["logits"] else moment)
+        return Memory(at_peak=peak, largest=largest, moment="loss" if peak["logits"] else moment, peaks=peaks)
 
 
 @dataclass(frozen=True)
@@ -145,10 +148,28 @@ class Memory:
     largest: dict[str, int]
     moment: str
     """Of the peak: forward pass, loss, backward pass or optimizer step."""
+    peaks: dict[str, dict[str, int]] = field(default_factory=dict)
+    """The same of each pass and of the optimizer's step."""
 
     @property
     def peak(self) -> int:
         return sum(self.at_peak.values())
+
+    def divided(self, processes: int, whole: int) -> "Memory":
+        """Of one process where FSDP divides the model; `whole`: bytes of layers that are put together at a time."""
+        parts = {"weights", "adapter", "gradients", "optimizer"}
+
+        def share(figures: dict[str, int], moment: str) -> dict[str, int]:
+            steps = moment == "optimizer step"  # which works on parts, while nothing is put together
+            divided = parts | ({"temporary"} if steps else set())
+            shared = {name: -(-count // processes) if name in divided else count for name, count in figures.items()}
+            return shared if steps else {**shared, "temporary": shared["temporary"] + whole}
+
+        peaks = {moment: share(figures, moment) for moment, figures in self.peaks.items()}
+        moment = max(peaks, key=lambda name: sum(peaks[name].values()))
+        at_peak = peaks[moment]
+        largest = {name: max(figures[name] for figures in peaks.values()) for name in self.largest}
+        return Memory(at_peak, largest, moment="loss" if at_peak["logits"] else moment, peaks=peaks)
 
 
 @dataclass(frozen=True)

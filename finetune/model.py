@@ -15,6 +15,7 @@ from hf_llama_repro.llama_folder import MODEL_TYPES, architecture
 from hf_llama_repro.mapped_pages import mapped_pages_released
 
 from .cpu_kernels import use_cpu_kernels
+from .processes import divides_weights
 from .recipe import Recipe
 
 
@@ -76,13 +77,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def load_base(folder: Path, *, dtype: torch.dtype, device: torch.device, quantization: str) -> LlamaReproForCausalLM:
     """The base model on `device`, stock Llama's folders as well; its weights in `dtype` or quantized."""
+    on_cpu = device.type == "cpu" and quantization == "none"
     try:
         with mapped_pages_released(folder):
             model = LlamaReproForCausalLM.from_pretrained(
                 folder,
                 config=read_config(folder),
                 dtype=dtype,
-                device_map={"": device} if device.type != "cpu" or quantization != "none" else None,
+                # What is to be divided stays in the machine's memory until then.
+                device_map=None if divides_weights() or on_cpu else {"": device},
                 quantization_config=bits_and_bytes(quantization, dtype),
             )
     except OSError as error:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import run
+from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import InputError
 
 from .quiet import quiet
@@ -54,6 +54,8 @@ class Plan:
     tokens: int | None
     """Computed in the whole run, if every record were `max_length` long."""
     flops: float | None
+    processes: int = 1
+    """Among which FSDP divides the model."""
 
     @property
     def peak(self) -> int:
@@ -72,8 +74,13 @@ class Plan:
         notes = []
         if recipe.optimizer not in PLANNED_OPTIMIZERS:
             notes.append(f"note        optimizer={recipe.optimizer} is planned as adamw_torch, which others undercut")
-        if recipe.method == "full":
-            notes.append("note        of one card: FSDP over N divides weights, gradients and optimizer by N")
+        if recipe.method == "full" and self.processes == 1:
+            notes.append("note        of one card: --fsdp N divides weights, gradients and optimizer among N")
+        if self.processes > 1:
+            notes.append(
+                f"note        of one of {self.processes} cards: weights, adapter, gradients and optimizer are divided; "
+                "temporary holds two whole layers and the output matrix"
+            )
         if self.steps is not None and self.records is not None:
             notes.append(
                 f"steps       {self.steps_per_epoch:,} an epoch, {self.steps:,} in all ({self.records:,} records)"
@@ -142,11 +149,13 @@ def plan(
     *,
     records: int | None,
     num_processes: int = 1,
+    fsdp: bool = False,
     device: "Device" = "cuda",
 ) -> Plan:
     """Runs the recipe's training step on tensors without data, which takes seconds.
 
-    `records` are those to train on, without the held out. Raises `InputError` for a recipe that cannot be run.
+    `records` are those to train on, without the held out; `fsdp`: the processes divide the model among them. Raises
+    `InputError` for a recipe that cannot be run.
     """
     from .memory import Memory, trace
 
@@ -156,7 +165,11 @@ def plan(
         )
     traced = trace(recipe, config, device=device, accumulates=recipe.accumulation(num_processes) > 1)
     memory = traced.memory
-    if num_processes > 1:  # DistributedDataParallel's buckets
+    if fsdp:
+        if recipe.quantization != "none":
+            raise InputError(f"quantization={recipe.quantization} cannot be divided by FSDP: set it to none")
+        memory = memory.divided(num_processes, whole_at_a_time(recipe, config))
+    elif num_processes > 1:  # DistributedDataParallel's buckets
         bucket = memory.largest["gradients"]
         memory = Memory(
             at_peak={**memory.at_peak, "gradients": memory.at_peak["gradients"] + bucket},
@@ -179,7 +192,16 @@ def plan(
         steps=steps,
         tokens=tokens,
         flops=None if tokens is None else tokens * flops_per_token(recipe, config, traced.num_parameters),
+        processes=num_processes if fsdp else 1,
     )
+
+
+def whole_at_a_time(recipe: Recipe, config: "LlamaReproConfig") -> int:
+    """Bytes that FSDP puts together: the layer at work, the next one, and the output matrix from the loss on."""
+    heads = config.num_attention_heads + (config.num_key_value_heads or 0)
+    attention = 2 * config.hidden_size * heads * (config.head_dim or 0)
+    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    return (2 * layer + config.vocab_size * config.hidden_size) * (4 if recipe.dtype == "float32" else 2)
 
 
 def flops_per_token(recipe: Recipe, config: "LlamaReproConfig", num_parameters: int) -> float:
@@ -197,7 +219,9 @@ def flops_per_token(recipe: Recipe, config: "LlamaReproConfig", num_parameters: 
     return matrices * (2 + own + repeated) + attention * (3 + repeated)
 
 
-def fit(card: int, plan_of: Callable[[Recipe], Plan], recipe: Recipe, *, seek: bool = True) -> Fit:
+def fit(
+    card: int, plan_of: Callable[[Recipe], Plan], recipe: Recipe, *, seek: bool = True, quantizable: bool = True
+) -> Fit:
     """Whether `recipe` fits `card` (bytes), or the first changes that make it fit; `plan_of` should remember."""
     peak = plan_of(recipe).peak
     weights: dict[str, int] = {}  # by quantization: most of a search is settled by these alone
@@ -213,14 +237,14 @@ def fit(card: int, plan_of: Callable[[Recipe], Plan], recipe: Recipe, *, seek: b
     if fits({}):
         return Fit(card, peak, {}, peak)
     if seek:
-        for changes in _changes(recipe):
+        for changes in _changes(recipe, quantizable=quantizable):
             found = _longest(changes, recipe, fits) if "max_length" in changes else changes if fits(changes) else None
             if found is not None:
                 return Fit(card, peak, found, plan_of(dataclasses.replace(recipe, **found)).peak)
     return Fit(card, peak, None, sought=seek)
 
 
-def _changes(recipe: Recipe) -> Iterator[dict[str, Any]]:
+def _changes(recipe: Recipe, *, quantizable: bool = True) -> Iterator[dict[str, Any]]:
     """What saves memory, the single changes first, in the order of what they cost; the shortest `max_length`."""
     smaller = {"none": ("int8", "nf4"), "int8": ("nf4",), "nf4": ()}[recipe.quantization]
     options: list[list[dict[str, Any]]] = [
@@ -231,7 +255,7 @@ def _changes(recipe: Recipe) -> Iterator[dict[str, Any]]:
             if rows < recipe.micro_batch_size and recipe.batch_size % rows == 0
         ],
         [{"max_length": SHORTEST}] if recipe.max_length > SHORTEST else [],
-        [{"quantization": name} for name in smaller] if recipe.method == "lora" else [],
+        [{"quantization": name} for name in smaller] if recipe.method == "lora" and quantizable else [],
     ]
     for number in range(1, len(options) + 1):
         for groups in itertools.combinations(options, number):
@@ -329,8 +353,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"of the data, where the file is not there (Alpaca: {ALPACA_RECORDS:,})",
     )
+    parser.add_argument("--fsdp", type=int, default=1, metavar="N", help="divide the model among so many cards")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well, in bytes")
     add_recipe_flags(parser)
+    add_version(parser)
     return parser
 
 
@@ -339,13 +365,17 @@ def make_plan(arguments: argparse.Namespace) -> bool:
     quiet()
     gpu = None if arguments.gpu is None else card_bytes(arguments.gpu)
     recipe, config = read_source(arguments.source, overrides(arguments))
-    plan_of = functools.cache(functools.partial(plan, config=config, records=count_records(recipe, arguments.records)))
+    if arguments.fsdp < 1:
+        raise InputError(f"--fsdp {arguments.fsdp} must be at least 1")
+    divided: dict[str, Any] = {"num_processes": arguments.fsdp, "fsdp": arguments.fsdp > 1}
+    records = count_records(recipe, arguments.records)
+    plan_of = functools.cache(functools.partial(plan, config=config, records=records, **divided))
     planned: Plan = plan_of(recipe)
     print("\n".join(planned.lines()), flush=True)
     cards = [card * 10**9 for card in CARDS_GB]
     fits = []
     for card in [*cards, *([gpu] if gpu is not None and gpu not in cards else [])]:
-        fits.append(fit(card, plan_of, recipe, seek=gpu in (None, card)))
+        fits.append(fit(card, plan_of, recipe, seek=gpu in (None, card), quantizable=arguments.fsdp == 1))
         print(f"card        {fits[-1].line()}", flush=True)
     if arguments.json:
         content = {**dataclasses.asdict(planned), "peak": planned.peak, "reserve": RESERVE}

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_llama_repro.errors import failed_write
 
-from .checkpoints import keep_newest, publish
+from .checkpoints import checkpoints, keep_newest, publish
 from .encoding import IGNORED, Example
 from .guards import TrainingStoppedError, Watch
+from .processes import gather_trained, let_fsdp_run_on_cpu, uses_fsdp
 from .recipe import Recipe
 
 METRICS = "metrics.jsonl"
@@ -43,10 +45,15 @@ class BatchesOfOneLength(Sampler[int]):
 
     Every optimizer step sees the records that it would see without the sorting, and its loss is their mean per token:
     the sum is the same, the micro-batches hold little padding.
+
+    `multiple`: of records that all processes take in one pass. Where an epoch does not divide by it, it ends in the
+    record that stands after all others, NOTHING, which counts for nothing; accelerate would fill up with records that
+    were in the epoch already.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, *, multiple: int = 1):
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.filling = -len(lengths) % multiple
         self.epoch = 0
 
     def shuffled(self) -> list[int]:
@@ -59,9 +66,10 @@ class BatchesOfOneLength(Sampler[int]):
         for start in range(0, len(order), self.batch_size):
             # Longest first: what does not fit into memory shows at once.
             yield from sorted(order[start : start + self.batch_size], key=lambda index: -self.lengths[index])
+        yield from [len(self.lengths)] * self.filling
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.filling
 
 
 class EpochOfSampler(TrainerCallback):
@@ -112,6 +120,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+# A record of which nothing is learnt.
+NOTHING = Example([0], [IGNORED])
+
+
 def training_arguments(recipe: Recipe, num_processes: int, dtype: torch.dtype, **others: Any) -> TrainingArguments:
     """transformers' arguments for the recipe."""
     return TrainingArguments(
@@ -151,16 +163,26 @@ class FinetuneTrainer(Trainer):
     """
 
     def __init__(
-        self, *, recipe: Recipe, check_saved: Callable[[Path], None], save_beside: Callable[[Path], None], **kwargs: Any
+        self,
+        *,
+        recipe: Recipe,
+        train: list[Example],
+        check_saved: Callable[[Path], None],
+        save_beside: Callable[[Path], None],
+        **kwargs: Any,
     ):
         self.recipe, self.check_saved, self.save_beside = recipe, check_saved, save_beside
         self.watch = Watch()
         self._aside: Path | None = None
-        super().__init__(data_collator=collate, **kwargs)
+        args = kwargs["args"]
+        if uses_fsdp() and args.device.type == "cpu":
+            let_fsdp_run_on_cpu(args.mixed_precision)
+        super().__init__(data_collator=collate, train_dataset=[*train, NOTHING], **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BatchesOfOneLength:
-        lengths = [len(example.input_ids) for example in self.train_dataset]  # type: ignore[union-attr]
-        sampler = BatchesOfOneLength(lengths, self.recipe.batch_size, self.recipe.seed)
+        lengths = [len(example.input_ids) for example in self.train_dataset][:-1]  # type: ignore[union-attr]
+        multiple = self.recipe.micro_batch_size * self.args.world_size if self.args.world_size > 1 else 1
+        sampler = BatchesOfOneLength(lengths, self.recipe.batch_size, self.recipe.seed, multiple=multiple)
         self.add_callback(EpochOfSampler(sampler))
         return sampler
 
@@ -183,8 +205,6 @@ class FinetuneTrainer(Trainer):
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint of this run."""
-        from .checkpoints import checkpoints
-
         return next(reversed(checkpoints(Path(self.recipe.output_dir))), None)
 
     def _get_output_dir(self, trial):
@@ -196,6 +216,16 @@ class FinetuneTrainer(Trainer):
         self._save_aside(output_dir / name, lambda _: super(FinetuneTrainer, self)._save_checkpoint(model, trial))
         if self.args.should_save:
             keep_newest(output_dir, self.recipe.save_total_limit)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; of an adapter that FSDP divided, without gathering the frozen base as well."""
+        if not (uses_fsdp() and self.recipe.method == "lora"):
+            super().save_model(output_dir, _internal_call)
+            return
+        model: Any = self.model
+        trained = gather_trained(model)
+        if self.args.should_save:
+            model.save_pretrained(str(output_dir), state_dict=trained)
 
     def save_final(self, target: Path) -> None:
         """Writes what was trained, without the state of the run."""
@@ -231,15 +261,26 @@ class FinetuneTrainer(Trainer):
 
 @torch.no_grad()
 def held_out_loss(model: Any, examples: list[Example], rows: int, device: torch.device) -> float:
-    """Mean cross-entropy per supervised token; NaN where there are no records."""
+    """Mean cross-entropy per supervised token; NaN where there are no records.
+
+    Several processes divide the records among them, and each gets the mean over all.
+    """
+    several = dist.is_initialized()
+    processes, index = (dist.get_world_size(), dist.get_rank()) if several else (1, 0)
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    count = 0
+    total, count = 0.0, 0
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
-    for start in range(0, len(ordered), rows):
-        batch = {name: tensor.to(device) for name, tensor in collate(ordered[start : start + rows]).items()}
-        total += model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss.double().cpu()
+    batches = [ordered[start : start + rows] for start in range(0, len(ordered), rows)]
+    # All make as many passes: for each, a model that is divided is put together by all.
+    batches += [[NOTHING]] * (-len(batches) % processes)
+    for examples_of_one in batches[index::processes]:
+        batch = {name: tensor.to(device) for name, tensor in collate(examples_of_one).items()}
+        total += model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss.item()
         count += int((batch["labels"][:, 1:] != IGNORED).sum())
     model.train(was_training)
-    return float(total) / count if count else float("nan")
+    if several:
+        sums: list[tuple[float, int]] = [(0.0, 0)] * processes
+        dist.all_gather_object(sums, (total, count))
+        total, count = sum(one for one, _ in sums), sum(one for _, one in sums)
+    return total / count if count else float("nan")

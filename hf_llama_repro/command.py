@@ -1,13 +1,20 @@
 """How a command of this package ends: 0, or 2 with one message, never a traceback for what the user can mend."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
 
+from . import __version__
 from .errors import InputError
 
 _MAX_MESSAGE = 5000
 """Characters; a damaged file may name something at any length."""
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """`--version`, which says what a report of a problem needs first."""
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
 def run(work: Callable[[], object], *, interrupted: str = "nothing was written") -> int:

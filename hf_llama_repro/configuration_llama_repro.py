@@ -175,6 +175,15 @@ class LlamaReproConfig(PretrainedConfig):
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id={self.pad_token_id} is outside of vocab_size={self.vocab_size}")
 
+    def validate_slices(self):
+        """Where transformers slices a model among processes (`tp_plan`), each of them holds whole K/V heads."""
+        processes = getattr(getattr(self, "distributed_config", None), "tp_size", None) or 1
+        if self.num_key_value_heads % processes:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} does not divide among {processes} processes: "
+                "start a number of them that divides it"
+            )
+
     def validate_rope(self):
         rope = self.rope_parameters
         rope_type = rope["rope_type"]

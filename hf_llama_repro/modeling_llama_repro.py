@@ -265,6 +265,7 @@ class LlamaReproModel(LlamaReproPreTrainedModel):
 
     def __init__(self, config: LlamaReproConfig):
         super().__init__(config)
+        config.validate_slices()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             [LlamaReproDecoderLayer(config, index) for index in range(config.num_hidden_layers)]

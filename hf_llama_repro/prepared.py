@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -66,6 +67,12 @@ def _refuse_what_cannot_be_prepared(model: Any) -> None:
     for name, module in model.named_modules():
         if name.endswith(("_proj", "lm_head")) and not isinstance(module, nn.Linear):
             raise InputError(f"{name} is a {type(module).__name__}: {adapters}")
+    for name, parameter in model.named_parameters():
+        if is_traceable_wrapper_subclass(parameter):  # what its address holds is not the matrix
+            raise InputError(
+                f"optimize takes whole weights, and {name} is a {type(parameter).__name__}: a slice (tp_plan) or a "
+                "quantized form runs on the ordinary path"
+            )
     if model.training:
         raise InputError("optimize prepares for inference, and the model is in training mode: call model.eval() first")
     if model.config.hidden_act != "silu":

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from random_models import random_model, tiny_config
@@ -19,11 +20,14 @@ from sentencepiece_fixtures import convert, corpus
 
 from finetune.alpaca import Data, prepare_data
 from finetune.model import choose_compute, load_model
+from finetune.processes import CONFIGURATIONS
 from finetune.recipe import Recipe
 from finetune.training import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+# What makes the configurations for cards run on a machine that may have some; a core for each process.
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -109,22 +113,45 @@ def run_command(recipe: Recipe, *arguments: str, **environment: str) -> subproce
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
 
 
-def kill_after(recipe: Recipe, step: int, how: signal.Signals) -> str:
-    """Starts the run and ends it by a signal once `step` is in its metrics; what it printed."""
+def launch_line(recipe: Recipe, configuration: str, *arguments: str) -> list[str]:
+    """The command under `accelerate launch`, which starts two processes by a file of finetune/accelerate/."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher += ["--config_file", str(CONFIGURATIONS / f"{configuration}.yaml"), "--num_processes", "2"]
+    return [*launcher, *command_line(recipe, *arguments)[1:]]
+
+
+def launch(recipe: Recipe, configuration: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The run of two real processes on a CPU, which talk by gloo."""
+    command = launch_line(recipe, configuration, *arguments)
+    environment = {**os.environ, **ON_CPU}
+    if configuration.startswith("zero"):
+        del environment["ACCELERATE_USE_CPU"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=1200)
+
+
+def kill_after(recipe: Recipe, step: int, how: signal.Signals, configuration: str | None = None) -> str:
+    """Starts the run and ends it by a signal once `step` is in its metrics; what it printed.
+
+    With a `configuration` of finetune/accelerate/ it is two processes and their launcher, and all get the signal.
+    """
     process = subprocess.Popen(
-        command_line(recipe),
+        command_line(recipe) if configuration is None else launch_line(recipe, configuration),
         cwd=ROOT,
+        env={**os.environ, **(ON_CPU if configuration else {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         # A shell's background jobs ignore Ctrl-C, and hand that down.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + (120 if configuration is None else 600)
     while not any("loss" in line and line["step"] >= step for line in metrics(recipe)):
         assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    # The launcher's processes are in sessions of their own, and would outlive it.
+    for child in psutil.Process(process.pid).children(recursive=True) if configuration else ():
+        child.send_signal(how)
     process.send_signal(how)
     output, _ = process.communicate(timeout=120)
     return output

@@ -1,10 +1,8 @@
 """Whole fine-tuning runs of a tiny model: what they write, that they learn, and that they resume bit for bit."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 from finetune_runs import (
     ROOT,
     adapter,
-    command_line,
     kill_after,
     losses,
     metrics,
@@ -248,30 +245,6 @@ def test_inspect_marks_exactly_what_is_supervised(tiny_base, tiny_data, tmp_path
     response = data.encoder.tokenizer.decode([i for i in data.train[0].labels if i != -100][:-1])
     assert f"### Response:\n⟦{response}</s>⟧" in printed
     assert not (tmp_path / "run").exists()
-
-
-def test_two_processes_take_the_steps_of_one(tiny_base, tiny_data, tmp_path):
-    """Real processes, gloo: the same records a step, the loss per token over both."""
-    one, two = (
-        tiny_recipe(tiny_base, tiny_data, tmp_path / name, micro_batch_size=2, lora_dropout=0.0, max_steps=8)
-        for name in ("one", "two")
-    )
-    finetune(one)
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = command_line(two)
-    command[1:2] = [*launch, "-m"]
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("written     ") == 1
-    expected = torch.tensor(list(losses(one).values()))
-    torch.testing.assert_close(torch.tensor(list(losses(two).values())), expected, rtol=1e-4, atol=1e-4)
-    saved, reference = adapter(tmp_path / "two" / "adapter"), adapter(tmp_path / "one" / "adapter")
-    assert saved.keys() == reference.keys()
-    for name, tensor in saved.items():
-        torch.testing.assert_close(tensor, reference[name], rtol=1e-3, atol=1e-4)
 
 
 def test_batches_have_few_shapes():

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 tomllib = pytest.importorskip("tomllib")  # of Python 3.11
 ROOT = Path(__file__).parent.parent
@@ -88,17 +89,26 @@ def test_every_package_is_installed(folder):
     assert setuptools["package-dir"][f"hf_llama_repro.{folder}"] == folder
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def documented_commands():
-    """(module, arguments) of every line in a code block of README that runs one of our commands."""
-    text = (ROOT / "README.md").read_text()
+    """(module, arguments) of every line in a code block of README and docs/ that runs one of our commands.
+
+    What `accelerate launch` is to run counts as well; its own arguments go to its own parser.
+    """
+    text = "\n".join(page.read_text() for page in PAGES)
     modules = {script: checkout_name(target.partition(":")[0]) for script, target in SCRIPTS.items()}
     found = []
     for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             line = line.strip().removeprefix("$ ")
-            if not line.startswith(("python -m ", *modules)):
+            if not line.startswith(("python -m ", "accelerate launch ", *modules)):
                 continue
             words = shlex.split(line, comments=True)
+            if words[0] == "accelerate":
+                launched = launch_command_parser().parse_args(words[2:])
+                words = ["python", "-m", launched.training_script, *launched.training_script_args]
             if words[0] == "python" and words[2].split(".")[0] in (*FOLDERS, "hf_llama_repro"):
                 found.append((checkout_name(words[2]), tuple(words[3:])))
             elif words[0] in modules:
@@ -106,10 +116,22 @@ def documented_commands():
     return found
 
 
-def test_readme_shows_both_directions():
-    assert {"conversion.convert", "conversion.export"} <= {module for module, _ in documented_commands()}
+def test_both_directions_and_training_by_several_are_shown():
+    shown = {module for module, _ in documented_commands()}
+    assert {"conversion.convert", "conversion.export", "finetune.alpaca"} <= shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("script", sorted(set(re.findall(r"examples/\w+\.py", "".join(p.read_text() for p in PAGES)))))
+def test_example_that_a_page_names_is_there(script):
+    assert (ROOT / script).is_file()
 
 
 @pytest.mark.parametrize(("module", "arguments"), documented_commands(), ids=str)
-def test_command_of_readme_is_accepted(module, arguments):
+def test_documented_command_is_accepted(module, arguments):
     importlib.import_module(module).build_parser().parse_args(arguments)

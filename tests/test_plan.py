@@ -17,7 +17,17 @@ from random_models import random_model, tiny_config
 from finetune import memory
 from finetune.memory import WORKSPACE, StorageRecord, trace, train
 from finetune.model import Compute, load_base, load_model
-from finetune.plan import ALPACA_RECORDS, RESERVE, build_parser, card_bytes, fit, flops_per_token, main, plan
+from finetune.plan import (
+    ALPACA_RECORDS,
+    RESERVE,
+    build_parser,
+    card_bytes,
+    fit,
+    flops_per_token,
+    main,
+    plan,
+    whole_at_a_time,
+)
 from finetune.recipe import Recipe
 from hf_llama_repro import LlamaReproConfig
 from hf_llama_repro.errors import InputError
@@ -352,3 +362,31 @@ def test_sizes_of_cards():
 
 def test_help_needs_no_model():
     assert "llama-7b" in build_parser().format_help()
+
+
+def test_fsdp_divides_what_is_kept_and_puts_layers_together():
+    config = plan_config()
+    recipe = Recipe(base_model="tiny", method="full", dtype="float32", max_length=128, micro_batch_size=2)
+    one = plan(recipe, config, records=1000)
+    parts = {n: plan(recipe, config, records=1000, num_processes=n, fsdp=True) for n in (2, 4)}
+    for processes, planned in parts.items():
+        for name in ("weights", "gradients", "optimizer"):
+            assert planned.memory.largest[name] == pytest.approx(one.memory.largest[name] / processes, rel=0.01)
+        assert planned.memory.largest["activations"] == one.memory.largest["activations"]
+        assert planned.peak < one.peak
+    assert "of one of 4 cards" in "\n".join(parts[4].lines())
+    with pytest.raises(InputError, match="cannot be divided by FSDP"):
+        plan(
+            Recipe(base_model="tiny", quantization="int8", max_length=128),
+            config,
+            records=8,
+            num_processes=2,
+            fsdp=True,
+        )
+
+
+def test_what_fsdp_puts_together_is_two_layers_and_the_output_matrix():
+    config = LlamaReproConfig.from_paper("llama-2-7b")
+    layers = 6_738_415_616 - 2 * 32000 * 4096 - (2 * 32 + 1) * 4096
+    together = whole_at_a_time(Recipe(dtype="bfloat16"), config)
+    assert together == 2 * (2 * layers // 32 + 32000 * 4096)

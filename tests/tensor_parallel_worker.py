@@ -1,0 +1,54 @@
+"""One of the processes that `torchrun` starts: its slice of each model, and what the model answers.
+
+torchrun --nproc_per_node 2 tests/tensor_parallel_worker.py RESULTS MODEL...
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from random_models import random_tokens
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+import hf_llama_repro
+
+NEW_TOKENS = 12
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the parameters that this process holds."""
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+
+
+def private_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+
+def main() -> None:
+    results, *folders = map(Path, sys.argv[1:])
+    for folder in folders:
+        before = private_bytes()
+        model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+        grown = private_bytes() - before
+        tokens = random_tokens(model.config)
+        with torch.no_grad():
+            logits = model(tokens).logits
+        generated = model.generate(tokens[:, :16], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+        found = {"logits": logits, "generated": generated, "held": held_bytes(model), "grown": grown}
+        try:
+            hf_llama_repro.optimize(model)
+        except ValueError as error:
+            found["refused"] = str(error)
+        torch.save(found, results / f"{folder.name}-{os.environ['RANK']}.pt")
+        del model
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
