@@ -20,7 +20,7 @@ from sentencepiece_fixtures import convert, corpus
 from finetune.alpaca import Data, prepare_data
 from finetune.model import choose_compute, load_model
 from finetune.recipe import Recipe
-from finetune.training import read_metrics
+from hf_llama_repro.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
