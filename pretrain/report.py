@@ -1,7 +1,7 @@
 """What a finished run is shown with: its bits per byte beside those of xz, and what it writes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .held_out import together, xz_bits_per_byte
@@ -34,7 +34,7 @@ def comparison(
     return table, {"xz -9": xz["all"][0], "xz -9 after the training text": xz["all"][1]}
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     lines = [head, ("---",) * len(head), *rows]
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
