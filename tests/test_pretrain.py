@@ -47,6 +47,12 @@ def weights(output_dir: str | Path) -> dict[str, torch.Tensor]:
     return load_file(Path(output_dir) / "model" / "model.safetensors")
 
 
+def rates(output_dir: str | Path) -> list[float]:
+    """The bits per byte that were measured."""
+    lines = read_metrics(Path(output_dir) / "metrics.jsonl")
+    return [line["bits_per_byte"] for line in lines if "bits_per_byte" in line]
+
+
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -66,7 +72,7 @@ def test_it_learns_and_says_what_it_measured(finished):
     assert all(losses[step][2] == learning_rate_at(step, finished) for step in losses)
     assert all(line["tokens"] == line["step"] * 8 * CONTEXT for line in lines)
     assert all(line["tokens_per_second"] > 0 and line["mfu"] > 0 for line in lines if "loss" in line)
-    measured = [line["bits_per_byte"] for line in lines if "bits_per_byte" in line]
+    measured = rates(finished.output_dir)
     assert len(measured) == 2
     assert measured[1] < measured[0] < 8
     assert [path.name for path in checkpoints(Path(finished.output_dir))] == [f"checkpoint-{n}" for n in (4, 8, 12)]
@@ -117,9 +123,7 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(finished, tmp_pat
         file.write(b"\0\0\0\0")
     shutil.rmtree(Path(recipe.output_dir) / "model", ignore_errors=True)
     pretrain(recipe, resume=True)
-    assert (
-        f"{newest} is damaged (model.safetensors is not what was written) and is passed over" in capfd.readouterr().out
-    )
+    assert f"{newest} is damaged (model.safetensors is not what was written)" in capfd.readouterr().out
     assert steps(recipe.output_dir) == steps(finished.output_dir)
     assert same_bits(weights(recipe.output_dir), weights(finished.output_dir))
 
@@ -162,15 +166,7 @@ def test_two_processes_give_the_losses_of_one(sharding, finished, tmp_path):
     for step in found:
         assert abs(found[step][0] - expected[step][0]) < TWO_PROCESSES
         assert found[step][1] == pytest.approx(expected[step][1], rel=1e-2)
-    measured = [
-        [
-            line["bits_per_byte"]
-            for line in read_metrics(Path(each.output_dir) / "metrics.jsonl")
-            if "bits_per_byte" in line
-        ]
-        for each in (recipe, finished)
-    ]
-    assert measured[0] == pytest.approx(measured[1], abs=1e-3)
+    assert rates(recipe.output_dir) == pytest.approx(rates(finished.output_dir), abs=1e-3)
     one, two = weights(finished.output_dir), weights(recipe.output_dir)
     assert one.keys() == two.keys()
     assert all(torch.allclose(one[name], two[name], atol=1e-2) for name in one)
@@ -178,9 +174,7 @@ def test_two_processes_give_the_losses_of_one(sharding, finished, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(pretrain_recipe):
     recipe = replace(pretrain_recipe, learning_rate=1e30, warmup_steps=0, save_steps=1)
-    with pytest.raises(
-        TrainingStoppedError, match="it was not taken, and its batch is in .*; the last good checkpoint"
-    ):
+    with pytest.raises(TrainingStoppedError, match=r"its batch is in .*; the last good checkpoint"):
         pretrain(recipe)
     (path,) = Path(recipe.output_dir).glob("stopped-step-*-process-0.json")
     saved = json.loads(path.read_text())
