@@ -67,11 +67,22 @@ def train_tokenizer(recipe: Recipe) -> bytes:
     if recipe.vocab_size <= FEWEST_PIECES:
         raise InputError(f"vocab_size={recipe.vocab_size} must be more than {FEWEST_PIECES}: 256 bytes and 3 marks")
     model = io.BytesIO()
+    failures: list[BaseException] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            yield from _lines(recipe)
+        except BaseException as error:  # SentencePiece makes a RuntimeError of whatever happens in here
+            failures.append(error)
+            raise
+
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=_lines(recipe), model_writer=model, vocab_size=recipe.vocab_size, **LLAMA_SETTINGS
+            sentence_iterator=lines(), model_writer=model, vocab_size=recipe.vocab_size, **LLAMA_SETTINGS
         )
     except RuntimeError as error:
+        if failures and not isinstance(failures[0], GeneratorExit):
+            raise failures[0] from None
         reason = " ".join(str(error).split())[-200:]
         raise InputError(
             f"no tokenizer of vocab_size={recipe.vocab_size} can be trained on this text ({reason}): "

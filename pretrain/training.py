@@ -140,7 +140,7 @@ class Run:
         return {"loss": loss, "grad_norm": norm, "learning_rate": rate}
 
     def _backward(self, tokens: torch.Tensor) -> torch.Tensor:
-        loss = next_token_loss(self.model, tokens[:, :-1], tokens[:, 1:])
+        loss = next_token_loss(self.model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         self.accelerator.backward(loss / self.accumulation)
         return loss.detach()
 

@@ -130,7 +130,7 @@ def test_each_row_begins_with_the_token_that_the_row_before_ended_with(prepared)
 
 def test_every_source_has_its_share_after_every_row(pretrain_recipe, prepared):
     mixture = Mixture(pretrain_recipe, prepared.train)
-    for rows in range(1, 300):
+    for rows in range(1, 600):
         mixture.next_rows(1, {0})
         for source in pretrain_recipe.sources:
             assert abs(mixture.streams[source.name].place.rows - source.share * rows) < 1
