@@ -5,6 +5,7 @@ systems install the library without them.
 """
 
 import ast
+import functools
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 def source_documents() -> Iterator[str]:
     """Every module's source without its docstrings."""
-    for _, text, tree in _modules():
-        lines = text.splitlines(keepends=True)
-        for node in ast.walk(tree):
-            if isinstance(node, _DOCUMENTED) and (cut := _docstring_lines(node)):
-                lines[cut.start : cut.stop] = [""] * len(cut)
-        yield "".join(lines)
+    yield from (source for source, _ in _library())
 
 
 def documentation_documents() -> Iterator[str]:
@@ -30,24 +26,32 @@ def documentation_documents() -> Iterator[str]:
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
-    for name, _, tree in _modules():
-        parts = list(_docstrings(tree, name))
-        if parts:
-            yield "\n\n".join(parts) + "\n"
+    yield from (documentation for _, documentation in _library() if documentation)
 
 
-def _modules() -> Iterator[tuple[str, str, ast.Module]]:
-    """Name, text and syntax tree of the library's modules, in the order of their paths."""
+@functools.cache
+def _library() -> list[tuple[str, str]]:
+    """Source and documentation of the library's modules, in the order of their paths: some 10 MB, parsed once."""
     library = Path(sysconfig.get_path("stdlib"))
+    found = []
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
         if _LEFT_OUT.intersection(parts) or parts[0].startswith("config-"):
             continue
         try:
             text = path.read_text(encoding="utf-8")
-            yield ".".join(parts).removesuffix(".__init__"), text, ast.parse(text)
+            tree = ast.parse(text)
         except (ValueError, SyntaxError):  # files that are there to be wrong, or are in another encoding
             continue
+        documentation = "\n\n".join(_docstrings(tree, ".".join(parts).removesuffix(".__init__")))
+        found.append((_without_docstrings(text, tree), documentation + "\n" if documentation else ""))
+    return found
+
+
+def _without_docstrings(text: str, tree: ast.Module) -> str:
+    lines = text.split("\n")  # as the syntax tree counts them; splitlines would cut at form feeds as well
+    cut = {line for node in ast.walk(tree) if isinstance(node, _DOCUMENTED) for line in _docstring_lines(node)}
+    return "\n".join(line for number, line in enumerate(lines) if number not in cut)
 
 
 def _docstring_lines(node: Any) -> range:

@@ -70,8 +70,13 @@ def train_tokenizer(recipe: Recipe) -> bytes:
     failures: list[BaseException] = []
 
     def lines() -> Iterator[str]:
+        nothing = True
         try:
-            yield from _lines(recipe)
+            for line in _lines(recipe):
+                nothing = False
+                yield line
+            if nothing:
+                raise InputError("the mixture is empty: it holds no text to train on; correct files, or lower held_out")
         except BaseException as error:  # SentencePiece makes a RuntimeError of whatever happens in here
             failures.append(error)
             raise

@@ -154,17 +154,7 @@ def test_parts_of_a_step_and_checkpointing_change_nothing_but_rounding(changes, 
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
 def test_two_processes_give_the_losses_of_one(sharding, finished, tmp_path):
     recipe = replace(finished, output_dir=str(tmp_path / "run"), sharding=sharding, micro_batch_size=2)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launch, *command(recipe)[1:]], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300
