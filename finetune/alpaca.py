@@ -151,7 +151,7 @@ def _check_reporting(recipe: Recipe) -> None:
 
 def _open_output(recipe: Recipe, *, resume: bool, say: Any, is_main: bool) -> Path | None:
     """Makes the run's folder, or finds the checkpoint to go on from."""
-    from .checkpoints import checkpoints, newest_whole
+    from hf_llama_repro.checkpoints import checkpoints, newest_whole
 
     output_dir = Path(recipe.output_dir)
     try:
@@ -337,15 +337,19 @@ def _duration(seconds: float) -> str:
 
 def _held_out_before(recipe: Recipe) -> float:
     """The loss that the run measured before its first step."""
-    from .training import METRICS, read_metrics
+    from hf_llama_repro.metrics import read_metrics
+
+    from .training import METRICS
 
     lines = read_metrics(Path(recipe.output_dir) / METRICS)
     return next((line["eval_loss"] for line in lines if line["step"] == 0 and "eval_loss" in line), float("nan"))
 
 
 def _picture(output_dir: Path) -> str:
+    from hf_llama_repro.metrics import read_metrics
+
     from .progress import draw_losses
-    from .training import METRICS, read_metrics
+    from .training import METRICS
 
     try:
         return f"picture     {draw_losses(read_metrics(output_dir / METRICS), output_dir / 'loss.png')}"

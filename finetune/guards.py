@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_llama_repro.errors import InputError
+from hf_llama_repro.errors import InputError, TrainingStoppedError
 
 from .encoding import IGNORED, Example
 from .processes import uses_deepspeed
@@ -21,10 +21,6 @@ from .recipe import Recipe
 # Losses of so many optimizer steps that are equal to the last bit: two may be, where the first learning rate is 0.
 EQUAL_LOSSES = 3
 PROBE_TOKENS = 64
-
-
-class TrainingStoppedError(InputError):
-    """The run was stopped, because to go on would waste time or destroy what was learnt."""
 
 
 class Preflight(NamedTuple):

@@ -4,26 +4,17 @@ Where a field's default is not alpaca-lora's, its help says so; the published se
 """
 
 import argparse
-import dataclasses
-import difflib
 import math
-import os
-import reprlib
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from hf_llama_repro import recipe_file
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.recipe_file import setting as _setting
 
 FOLDER = Path(__file__).parent
 RECIPES = FOLDER / "recipes"
-
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -108,8 +99,7 @@ class Recipe:
             )
 
     def _check(self, name: str, right: bool, allowed: str) -> None:
-        if not right:
-            raise InputError(f"{name}={reprlib.repr(getattr(self, name))} must be {allowed}")
+        recipe_file.check(self, name, right, allowed)
 
     def accumulation(self, num_processes: int) -> int:
         """Forward passes per optimizer step of each of `num_processes`. Raises where they do not come out even."""
@@ -123,8 +113,7 @@ class Recipe:
         return self.batch_size // rows
 
 
-FIELDS = {item.name: item for item in dataclasses.fields(Recipe)}
-_TYPES = typing.get_type_hints(Recipe)
+FIELDS = recipe_file.fields(Recipe)
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -133,117 +122,24 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     Paths in the file that begin with "./" are taken from the file's own folder.
     Raises `InputError` for what is missing, malformed or unknown.
     """
-    file = _recipe_path(path)
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except Exception as error:  # PyYAML lets KeyError, AttributeError and others through: `strict: !!bool x`
-        raise InputError(f"{file} cannot be read as YAML ({error})") from None
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds a {type(content).__name__}, not keys with values")
-    for name, value in content.items():
-        if isinstance(value, str) and value.startswith("./"):
-            content[name] = os.path.normpath(file.parent / value)
-    return make_recipe({**content, **(overrides or {})}, where=str(file))
+    return recipe_file.load(Recipe, path, RECIPES, overrides)
 
 
 def make_recipe(content: dict[str, Any], *, where: str) -> Recipe:
     """A recipe of keys and values as YAML or JSON gives them. Raises `InputError` naming `where`."""
-    for name in content:
-        if name not in FIELDS:
-            near = difflib.get_close_matches(str(name), FIELDS, n=1, cutoff=0.5)
-            hint = f"do you mean {near[0]}?" if near else f"there are {', '.join(FIELDS)}"
-            raise InputError(f"{where}: unknown key {name!r}; {hint}")
-    try:
-        return Recipe(**{name: _typed(name, value) for name, value in content.items()})
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a file, of which the last would count silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} stands here for the second time", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _recipe_path(path: str | Path) -> Path:
-    for file in (Path(path), RECIPES / f"{path}.yaml"):
-        if os.path.isfile(file):  # Path.is_file raises where a name is too long
-            return file
-    names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-    raise InputError(f"there is no recipe {path}: give a YAML file, or one of {names}")
-
-
-def _typed(name: str, value: Any) -> Any:
-    """`value` as the type of the field, for YAML writes 3e-4 as a string and 3 where 3.0 is meant."""
-    wanted = _TYPES[name]
-    choices = typing.get_args(wanted) if typing.get_origin(wanted) is Literal else ()
-    if choices:
-        if value not in choices:
-            raise InputError(f"{name}={reprlib.repr(value)} must be one of {', '.join(choices)}")
-        return value
-    if wanted is float and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (ValueError, OverflowError):
-            pass
-    if wanted == tuple[str, ...]:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
-            return tuple(value)
-    elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
-        return value
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise InputError(f"{name}={reprlib.repr(value)} must be {names.get(wanted, 'a list of names')}")
+    return recipe_file.make(Recipe, content, where=where)
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """`--key value` for every field of the recipe; what is not given is not in the namespace."""
-    group = parser.add_argument_group("keys of the recipe, which a flag replaces")
-    for name, item in FIELDS.items():
-        wanted = _TYPES[name]
-        choices = typing.get_args(wanted) if typing.get_origin(wanted) is Literal else None
-        default = ",".join(item.default) if isinstance(item.default, tuple) else item.default
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            f"--{name}",
-            dest=name,
-            type=_flag_type(wanted),
-            choices=choices,
-            default=argparse.SUPPRESS,
-            metavar=None if choices else name.rpartition("_")[2].upper(),
-            help=f"{item.metadata['help']} (default: {default if default != '' else 'none'})".replace("%", "%%"),
-        )
-
-
-def _flag_type(wanted: Any) -> Any:
-    return _boolean if wanted is bool else wanted if wanted in (int, float) else str
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+    recipe_file.add_flags(Recipe, parser)
 
 
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of the recipe that were given as flags."""
-    return {name: value for name, value in vars(arguments).items() if name in FIELDS}
+    return recipe_file.overrides(Recipe, arguments)
 
 
 def as_yaml(recipe: Recipe) -> str:
     """Every key with its value, as a file that `load_recipe` reads."""
-    content = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(recipe).items()
-    }
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return recipe_file.as_yaml(recipe)

@@ -1,6 +1,5 @@
 """The training loop: transformers' Trainer with batches of one length, a loss without logits, whole checkpoints."""
 
-import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,9 +11,10 @@ import torch.distributed as dist
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hf_llama_repro.checkpoints import checkpoints, keep_newest, publish
 from hf_llama_repro.errors import failed_write
+from hf_llama_repro.metrics import add_metrics, begin_metrics
 
-from .checkpoints import checkpoints, keep_newest, publish
 from .encoding import IGNORED, Example
 from .guards import TrainingStoppedError, Watch
 from .processes import gather_trained, let_fsdp_run_on_cpu, uses_fsdp
@@ -97,27 +97,12 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= state.global_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        if state.is_world_process_zero:
+            begin_metrics(self.path, state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            line = {"step": state.global_step, "epoch": state.epoch, **(logs or {})}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that was cut off by a kill is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+            add_metrics(self.path, {"step": state.global_step, "epoch": state.epoch, **(logs or {})})
 
 
 # A record of which nothing is learnt.

@@ -14,6 +14,10 @@ class CheckpointError(InputError):
     """What is wrong is a checkpoint: weights, configuration, tokenizer or adapter, read or about to be written."""
 
 
+class TrainingStoppedError(InputError):
+    """The run was stopped, because to go on would waste time or destroy what was learnt."""
+
+
 def failed_write(error: BaseException) -> str | None:
     """Why writing failed, if that is what happened: each library that writes has an exception of its own for it."""
     from safetensors import SafetensorError

@@ -22,7 +22,7 @@ from finetune.alpaca import Data, prepare_data
 from finetune.model import choose_compute, load_model
 from finetune.processes import CONFIGURATIONS
 from finetune.recipe import Recipe
-from finetune.training import read_metrics
+from hf_llama_repro.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

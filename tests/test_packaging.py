@@ -12,7 +12,7 @@ from accelerate.commands.launch import launch_command_parser
 tomllib = pytest.importorskip("tomllib")  # of Python 3.11
 ROOT = Path(__file__).parent.parent
 # Folders that are installed inside of hf_llama_repro, under another name than in the checkout.
-FOLDERS = [name for name in ("conversion", "finetune") if (ROOT / name).is_dir()]
+FOLDERS = [name for name in ("conversion", "finetune", "pretrain") if (ROOT / name).is_dir()]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SCRIPTS = PROJECT["project"]["scripts"]
 

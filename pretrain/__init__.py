@@ -1,0 +1,1 @@
+"""Training from nothing, by the recipe of the LLaMA papers."""

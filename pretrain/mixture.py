@@ -1,0 +1,135 @@
+"""The order of training: which tokens stand in which row of which step.
+
+It is computed and not stored. Per source and epoch the documents stand in a random order, one behind the other, and are
+cut into rows wherever the context ends. Which source a row is from is decided by what each is behind its share. All of
+it depends on the seed and the rows before alone, and not on processes or micro-batches, so that a few counters in a
+checkpoint are enough to go on.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .prepared import Tokens
+from .recipe import Recipe
+
+_WORD = (1 << 64) - 1
+
+
+class Shuffle:
+    """A random permutation of range(size) in no memory: a Feistel network, applied until it lands inside."""
+
+    ROUNDS = 4
+
+    def __init__(self, size: int, key: str):
+        self.size = size
+        self.half = max(1, ((size - 1).bit_length() + 1) // 2)  # bits of a half; both together cover the range
+        digest = hashlib.sha256(key.encode()).digest()
+        self.keys = [int.from_bytes(digest[8 * number : 8 * number + 8], "big") for number in range(self.ROUNDS)]
+
+    def __call__(self, index: int) -> int:
+        mask = (1 << self.half) - 1
+        while True:
+            left, right = index >> self.half, index & mask
+            for key in self.keys:
+                left, right = right, left ^ (_mixed(right ^ key) & mask)
+            index = left << self.half | right
+            if index < self.size:
+                return index
+
+
+def _mixed(word: int) -> int:
+    """64 bits, each of which depends on all of `word` (the finalizer of MurmurHash3)."""
+    word = (word ^ word >> 33) * 0xFF51AFD7ED558CCD & _WORD
+    word = (word ^ word >> 33) * 0xC4CEB9FE1A85EC53 & _WORD
+    return word ^ word >> 33
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a source the next row begins."""
+
+    epoch: int = 0
+    position: int = 0
+    """Of the document in the epoch's order."""
+    offset: int = 0
+    """Tokens of that document that are behind it."""
+    rows: int = 0
+    """Taken from this source so far."""
+
+
+class Stream:
+    """The rows of one source, without end."""
+
+    def __init__(self, name: str, tokens: Tokens, seed: int):
+        self.name, self.tokens, self.seed = name, tokens, seed
+        self.place = Place()
+        self._epoch, self._shuffle = 0, self._of_epoch(0)
+
+    def _of_epoch(self, epoch: int) -> Shuffle:
+        return Shuffle(len(self.tokens), f"{self.seed} {self.name} {epoch}")
+
+    def take(self, length: int, *, read: bool) -> np.ndarray | None:
+        """`length` tokens and the one that follows them, with which the next row begins; only if `read`."""
+        parts: list[np.ndarray] = []
+        left, place = length, self.place
+        while left:
+            count, place = self._step(place, left, parts if read else None)
+            left -= count
+        self.place = replace(place, rows=place.rows + 1)
+        if not read:
+            return None
+        self._step(place, 1, parts)
+        return np.concatenate(parts)
+
+    def _step(self, place: Place, most: int, parts: list[np.ndarray] | None) -> tuple[int, Place]:
+        """Reads up to `most` tokens of the document at `place`: their number, and the place behind them."""
+        if self._epoch != place.epoch:
+            self._epoch, self._shuffle = place.epoch, self._of_epoch(place.epoch)
+        document = self._shuffle(place.position)
+        begin = self.tokens.start(document) + place.offset
+        end = min(begin + most, int(self.tokens.ends[document]))
+        if parts is not None:
+            parts.append(self.tokens.ids[begin:end])
+        if end < self.tokens.ends[document]:
+            return end - begin, replace(place, offset=place.offset + end - begin)
+        if place.position + 1 < len(self.tokens):
+            return end - begin, replace(place, position=place.position + 1, offset=0)
+        return end - begin, replace(place, epoch=place.epoch + 1, position=0, offset=0)
+
+
+class Mixture:
+    """The rows of all sources by their shares."""
+
+    def __init__(self, recipe: Recipe, train: dict[str, Tokens]):
+        self.length = recipe.context_length
+        self.shares = {source.name: source.share for source in recipe.sources}
+        self.streams = {name: Stream(name, train[name], recipe.seed) for name in self.shares}
+
+    def next_rows(self, count: int, wanted: range | set[int]) -> np.ndarray:
+        """Goes on by `count` rows; those whose number is in `wanted`, (rows, context_length + 1), int64."""
+        rows = [
+            row
+            for number in range(count)
+            if (row := self._behind().take(self.length, read=number in wanted)) is not None
+        ]
+        return np.stack(rows).astype(np.int64)
+
+    def _behind(self) -> Stream:
+        """The source that lacks most of its share of the rows up to the next; the first of several."""
+        total = 1 + sum(stream.place.rows for stream in self.streams.values())
+        return max(self.streams.values(), key=lambda stream: self.shares[stream.name] * total - stream.place.rows)
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source was seen."""
+        return {name: stream.place.rows * self.length / len(stream.tokens.ids) for name, stream in self.streams.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters to go on from."""
+        return {name: asdict(stream.place) for name, stream in self.streams.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, stream in self.streams.items():
+            stream.place = Place(**state[name])

@@ -1,0 +1,218 @@
+"""Pre-training by a recipe: one command, which says what it does, watches itself, and can be stopped and resumed.
+
+python -m pretrain.train RECIPE.yaml [--key value ...]
+accelerate launch --num_processes N -m pretrain.train RECIPE.yaml
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_llama_repro import recipe_file
+from hf_llama_repro.command import run
+from hf_llama_repro.errors import InputError
+
+from .recipe import Recipe, add_recipe_flags, load_recipe
+
+# torch and transformers are imported where they are used, so that --help answers at once.
+if TYPE_CHECKING:
+    from .prepared import Prepared
+    from .training import Run
+
+RECIPE_FILE = "recipe.yaml"
+REPORT = "report.md"
+# Keys that may differ between a run and its continuation: they change nothing of what is computed.
+FREE_FIELDS = (
+    *("output_dir", "data_dir", "logging_steps", "eval_steps", "eval_tokens", "final_eval_tokens", "compare_with_xz"),
+    *("prompts", "save_steps", "save_total_limit", "gpu", "gpus", "gpu_price", "utilisation"),
+)
+Say = Callable[..., None]
+
+
+def pretrain(recipe: Recipe, *, resume: bool = False, stop_after: str = "") -> Path:
+    """Trains by the recipe, printing what it does. The folder of the finished model.
+
+    `resume` goes on from the newest checkpoint that is whole, or starts where there is none. With `stop_after`
+    "prepare" the tokens are written and no more. Raises `InputError`.
+    """
+    from .plan import model_config
+    from .training import Run, choose_dtype, make_accelerator
+
+    if not recipe.output_dir:
+        raise InputError("the recipe names no output_dir: add the key, or --output-dir PATH")
+    model_config(recipe, recipe.vocab_size)
+    accelerator = make_accelerator(recipe)
+    recipe.accumulation(accelerator.num_processes)
+    say: Say = print if accelerator.is_main_process else (lambda *_, **__: None)
+    checkpoint = _open_output(recipe, resume=resume, say=say, is_main=accelerator.is_main_process)
+    prepared = _prepared(recipe, accelerator, say)
+    if stop_after == "prepare":
+        return recipe.data_path
+    training = Run(recipe, prepared, accelerator)
+    say(f"model       {sum(p.numel() for p in training.model.parameters()):,} parameters, ", end="")
+    say(f"context {recipe.context_length}, products in {str(choose_dtype(recipe)).removeprefix('torch.')}")
+    say(
+        f"run         {recipe.num_steps:,} steps of {recipe.batch_tokens:,} tokens in {training.accumulation} parts of "
+        f"{recipe.micro_batch_size} rows, {accelerator.num_processes} process(es); at best "
+        f"{training.peak / 1e9:,.0f} GFLOP/s",
+        flush=True,
+    )
+    if checkpoint is not None:
+        training.resume(checkpoint)
+    begin = time.perf_counter()
+    _train_with_bar(training)
+    say(f"trained     {time.perf_counter() - begin:.0f} s")
+    target = Path(recipe.output_dir) / "model"
+    training.save_model(target)
+    _report(training, target, say)
+    say(f"written     {target}")
+    return target
+
+
+def _open_output(recipe: Recipe, *, resume: bool, say: Say, is_main: bool) -> Path | None:
+    """Makes the run's folder, or finds the checkpoint to go on from."""
+    from hf_llama_repro.checkpoints import checkpoints, newest_whole
+
+    output_dir = Path(recipe.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        begun = bool(checkpoints(output_dir)) and (output_dir / RECIPE_FILE).is_file()
+        if resume and begun:
+            _check_same(recipe, load_recipe(output_dir / RECIPE_FILE))
+            checkpoint, warnings = newest_whole(output_dir)
+            say(*(f"WARNING     {warning}" for warning in warnings), sep="\n", end="\n" if warnings else "")
+            say(f"resume      {checkpoint or 'no checkpoint is whole: starts from the beginning'}")
+            return checkpoint
+        if begun or (output_dir / "model").exists():
+            raise InputError(f"{output_dir} holds a run: go on with it by --resume, or choose another output_dir")
+        if is_main:
+            (output_dir / RECIPE_FILE).write_text(recipe_file.as_yaml(recipe), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"output_dir={output_dir} cannot be written: {error}") from None
+    return None
+
+
+def _check_same(recipe: Recipe, begun: Recipe) -> None:
+    differing = [
+        f"{field.name} was {getattr(begun, field.name)!r} and is {getattr(recipe, field.name)!r}"
+        for field in dataclasses.fields(Recipe)
+        if field.name not in FREE_FIELDS and getattr(begun, field.name) != getattr(recipe, field.name)
+    ]
+    if differing:
+        raise InputError(
+            f"{recipe.output_dir} was begun by another recipe ({'; '.join(differing)}): "
+            "resume with the same, or choose another output_dir"
+        )
+
+
+def _prepared(recipe: Recipe, accelerator: Any, say: Say) -> "Prepared":
+    """Tokenizer and tokens, made by the first process; the others find them."""
+    from .prepared import open_prepared, prepare
+    from .tokenizer import prepare_tokenizer
+
+    if accelerator.is_main_process:
+        begin = time.perf_counter()
+        say(f"tokenizer   {prepare_tokenizer(recipe)}", flush=True)
+        say(*prepare(recipe), sep="\n", end="\n" if recipe.sources else "")
+        say(f"data        {recipe.data_path}, {time.perf_counter() - begin:.0f} s")
+    accelerator.wait_for_everyone()
+    prepared = open_prepared(recipe)
+    say("\n".join(prepared.lines), flush=True)
+    return prepared
+
+
+def _train_with_bar(training: "Run") -> None:
+    from tqdm import tqdm
+
+    # Lines of a run whose output is not a terminal.
+    every = max(1, training.recipe.num_steps // 20)
+    total, is_main = training.recipe.num_steps, training.accelerator.is_main_process
+    bar = tqdm(total=total, initial=training.step, desc="steps", disable=None if is_main else True, dynamic_ncols=True)
+    shown = -1
+
+    def tell(line: dict[str, Any]) -> None:
+        nonlocal shown
+        bar.update(line["step"] - bar.n)
+        if "loss" in line:
+            bar.set_postfix(loss=f"{line['loss']:.4f}", speed=f"{line['tokens_per_second']:,.0f}")
+        if sys.stderr.isatty():
+            return
+        if "loss" in line and (line["step"] // every != shown or line["step"] == total):
+            shown = line["step"] // every
+            mfu = "" if line["mfu"] is None else f", {line['mfu']:.1%} of the peak"
+            print(
+                f"step        {line['step']} of {total}: loss {line['loss']:.4f}, learning rate "
+                f"{line['learning_rate']:.2e}, gradient norm {line['grad_norm']:.2f}, "
+                f"{line['tokens_per_second']:,.0f} tokens/s{mfu}",
+                flush=True,
+            )
+        elif "bits_per_byte" in line:
+            print(f"held out    {line['bits_per_byte']:.4f} bits per byte after {line['step']} steps", flush=True)
+
+    try:
+        training.train(tell)
+    finally:
+        bar.close()
+
+
+def _report(training: "Run", model: Path, say: Say) -> None:
+    """The last measurement, the comparison, the picture and the samples; all but the first on one process."""
+    from hf_llama_repro.metrics import read_metrics
+
+    from .curves import draw
+    from .report import comparison, samples
+    from .training import METRICS
+
+    recipe, output_dir = training.recipe, Path(training.recipe.output_dir)
+    begin = time.perf_counter()
+    found = training.evaluate(recipe.final_eval_tokens, lambda _: None)
+    if not training.accelerator.is_main_process:
+        return
+    say(f"measured    {time.perf_counter() - begin:.0f} s")
+    table, levels = comparison(recipe, found, lambda line: say(line, flush=True))
+    say(*table, sep="\n", end="\n" if table else "")
+    texts = samples(model, recipe.prompts)
+    (output_dir / REPORT).write_text("\n".join([*table, "", *texts]) + "\n", encoding="utf-8")
+    say(*texts, sep="\n", end="\n" if texts else "")
+    try:
+        say(f"picture     {draw(read_metrics(output_dir / METRICS), output_dir / 'curves.png', levels)}")
+    except ImportError:
+        say("picture     none: pip install matplotlib (it is part of hf-llama-repro[pretrain])")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-llama-pretrain",
+        description="Train a LLaMA from nothing, by a recipe.",
+        epilog="Exit code 2: the message says what to mend; what was saved before is intact.",
+    )
+    parser.add_argument("recipe", help="YAML file, or the name of one in pretrain/recipes/")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--plan", action="store_true", help="print parameters, time, cost and epochs, and end")
+    only.add_argument("--prepare", action="store_true", help="write the tokenizer and the tokens, and end")
+    add_recipe_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+
+    def work() -> None:
+        recipe = load_recipe(arguments.recipe, recipe_file.overrides(Recipe, arguments))
+        if arguments.plan:
+            from .plan import plan_lines
+
+            print("\n".join(plan_lines(recipe)))
+        else:
+            pretrain(recipe, resume=arguments.resume, stop_after="prepare" if arguments.prepare else "")
+
+    return run(work, interrupted="the checkpoints are whole; go on with the same command and --resume")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
