@@ -70,7 +70,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     require_harness()
     if arguments.execute_code:
         require_limits()
-    tasks = Tasks(arguments.include_path)
+    tasks = Tasks(arguments.include_path, names)
     tasks.check(names, execute_code=arguments.execute_code)
     _make_folder(arguments.output_dir)
     loaded = {job: tasks.load(job) for job in planned}

@@ -31,17 +31,19 @@ def require_harness() -> None:
 class Tasks:
     """The tasks of lm-evaluation-harness and those of a folder, which go first."""
 
-    def __init__(self, include_path: Path | None):
+    def __init__(self, include_path: Path | None, names: list[str]):
         from lm_eval.tasks import TaskManager
 
         if include_path is not None and not include_path.is_dir():
             raise InputError(f"--include-path {include_path} is no folder: give one that holds the tasks' YAML files")
         self.folder = None if include_path is None else include_path.resolve()
+        self.own: set[str] = set()
+        if self.folder is not None:
+            self.manager = TaskManager(include_path=str(self.folder), include_defaults=False)
+            self.own = set(self.manager.all_tasks)
+            if set(names) <= set(self.manager.all_subtasks):  # reading the index of all others takes seconds
+                return
         self.manager = TaskManager(include_path=None if self.folder is None else str(self.folder))
-        self.own = {name for name, entry in self.manager.task_index.items() if self._is_own(entry)}
-
-    def _is_own(self, entry: Any) -> bool:
-        return self.folder is not None and entry.yaml_path is not None and entry.yaml_path.is_relative_to(self.folder)
 
     def check(self, names: list[str], *, execute_code: bool) -> None:
         """Raises `InputError` for a name that no task has, and for code that may not be executed."""
