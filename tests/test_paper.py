@@ -230,26 +230,46 @@ PART_OF = {
 }
 
 
+SMALL = {
+    "a head each": dataclasses.replace(
+        SIZES["llama-7b"], dim=64, num_heads=4, num_kv_heads=4, ffn_dim=112, num_layers=3
+    ),
+    "grouped": dataclasses.replace(
+        SIZES["llama-2-70b"], dim=96, num_heads=8, num_kv_heads=2, ffn_dim=112, num_layers=2
+    ),
+}
+
+
+def model_of(size, **fields):
+    shape = {
+        "hidden_size": size.dim,
+        "intermediate_size": size.ffn_dim,
+        "num_hidden_layers": size.num_layers,
+        "num_attention_heads": size.num_heads,
+        "num_key_value_heads": size.num_kv_heads,
+    }
+    return LlamaReproForCausalLM(
+        LlamaReproConfig.from_paper(size.name, **{"head_dim": size.head_dim, **shape, **fields})
+    )
+
+
 def counted_flops(size, context, *, backward):
     """What PyTorch counts of the model's matrix products; each token is multiplied with every other."""
-    config = LlamaReproConfig.from_paper(size.name, num_hidden_layers=2, attn_implementation="eager")
-    with torch.device("meta"):
-        model = LlamaReproForCausalLM(config)
-        ids = torch.zeros(1, context, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter:
-            logits = model(ids, use_cache=False).logits
-            if backward:
-                logits.sum().backward()
+    model = model_of(size, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        logits = model(torch.zeros(1, context, dtype=torch.long), use_cache=False).logits
+        if backward:
+            logits.sum().backward()
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ["llama-7b", "llama-2-70b"])
+@pytest.mark.parametrize("name", SMALL)
 def test_flops_are_those_that_pytorch_counts(name):
-    size = dataclasses.replace(SIZES[name], num_layers=2)
+    size = SMALL[name]
     forward = paper.forward_flops(size, 96, causal=False)
     assert forward == counted_flops(size, 96, backward=False)
     assert paper.exact_training_flops(size, 96, 96, causal=False) == counted_flops(size, 96, backward=True)
-    # The negative control: one key and value more for each head would be seen.
+    # The negative control: other K/V heads would be seen.
     assert forward != paper.forward_flops(dataclasses.replace(size, num_kv_heads=1), 96, causal=False)
 
 
@@ -305,12 +325,11 @@ def test_cache_with_and_without_grouped_queries():
     assert paper.kv_cache_bytes(SIZES["llama-7b"], bytes_per_value=4) == 1_048_576
 
 
-def test_cache_is_what_the_model_keeps():
-    config = LlamaReproConfig.from_paper("llama-2-70b", num_hidden_layers=2)
-    with torch.device("meta"):
-        cache = LlamaReproForCausalLM(config).to(torch.bfloat16)(torch.zeros(1, 3, dtype=torch.long)).past_key_values
+@pytest.mark.parametrize("name", SMALL)
+def test_cache_is_what_the_model_keeps(name):
+    cache = model_of(SMALL[name]).to(torch.bfloat16)(torch.zeros(1, 3, dtype=torch.long)).past_key_values
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert kept == 3 * paper.kv_cache_bytes(dataclasses.replace(SIZES["llama-2-70b"], num_layers=2))
+    assert kept == 3 * paper.kv_cache_bytes(SMALL[name])
 
 
 def test_learning_rate():
