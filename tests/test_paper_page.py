@@ -46,19 +46,19 @@ def boxes(figure):
     found = {}
     for number, text in enumerate(texts):
         box = text.get_window_extent()
-        if box.width and figure.bbox.contains((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2) and _drawn(text):
+        if box.width and figure.bbox.contains((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2) and _drawn(figure, text):
             found[f"{number}: {text.get_text()}"] = box
     return found
 
 
-def _drawn(text):
+def _drawn(figure, text):
     """Ticks outside of the axes' limits exist and are not drawn."""
-    axes = text.axes
-    if axes is None or text not in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
-        return True
-    tick = {**dict.fromkeys(axes.get_xticklabels(), 0), **dict.fromkeys(axes.get_yticklabels(), 1)}[text]
-    low, high = sorted(axes.get_xlim() if tick == 0 else axes.get_ylim())
-    return low <= text.get_position()[tick] <= high
+    for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
+        for tick in [*axis.majorTicks, *axis.minorTicks]:
+            if text in (tick.label1, tick.label2):
+                low, high = sorted(axis.get_view_interval())
+                return low <= tick.get_loc() <= high
+    return True
 
 
 def covered(figure):

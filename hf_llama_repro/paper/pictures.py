@@ -185,7 +185,7 @@ def draw_timeline(figure: Any, data: dict[str, Any]) -> None:
     from matplotlib.dates import DateFormatter, MonthLocator
 
     axes = figure.subplots()
-    heights = (1.0, -1.0, 2.0, -2.0, 1.0, -1.0, 1.0)
+    heights = (1.0, -1.0, 2.5, -2.9, 1.0, -1.0, 1.0)
     for (name, (date, what)), height in zip(data.items(), heights, strict=True):
         day = datetime.date.fromisoformat(date)
         colour = COLOURS.get(name, "0.3")
@@ -202,7 +202,7 @@ def draw_timeline(figure: Any, data: dict[str, Any]) -> None:
             color=colour,
         )
     axes.axhline(0, color="0.3", linewidth=1)
-    axes.set(ylim=(-3.6, 3.6), xlim=(datetime.date(2023, 2, 5), datetime.date(2023, 8, 12)), yticks=[])
+    axes.set(ylim=(-4.6, 4.4), xlim=(datetime.date(2023, 2, 5), datetime.date(2023, 8, 12)), yticks=[])
     axes.xaxis.set_major_locator(MonthLocator())
     axes.xaxis.set_major_formatter(DateFormatter("%Y-%m"))
     for side in ("left", "right", "top"):
