@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hf_llama_repro.adapter_folder import attach
 from hf_llama_repro.command import add_version, run
-from hf_llama_repro.errors import CheckpointError, InputError
+from hf_llama_repro.errors import InputError
 
 from .quiet import quiet
 
@@ -39,28 +40,6 @@ def load_answering(model: Path, adapter: Path | None, *, quantization: str = "no
         base = attach(base, adapter)
     base.config.use_cache = True
     return base.eval()
-
-
-def attach(base: Any, adapter: Path) -> Any:
-    """The base with a trained adapter. Raises `CheckpointError` for one that was made for another base."""
-    from peft import PeftModel
-    from safetensors import SafetensorError, safe_open
-
-    path = adapter / "adapter_model.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            saved = set(file.keys())
-        model = PeftModel.from_pretrained(base, adapter)
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{adapter} is no adapter for this base: {str(error).strip()[:300]}") from None
-    from peft import get_peft_model_state_dict
-
-    if not saved or (missing := set(get_peft_model_state_dict(model)) ^ saved):
-        raise CheckpointError(
-            f"{adapter} is no adapter for this base: {path} holds {len(saved)} tensors, "
-            f"{len(missing) if saved else 'none'} of them without a counterpart"
-        )
-    return model
 
 
 def generate(model: Any, encoder: Any, turns: Any, *, system: str = "", streamer: Any = None, **sampling: Any) -> str:

@@ -89,6 +89,11 @@ def test_every_package_is_installed(folder):
     assert setuptools["package-dir"][f"hf_llama_repro.{folder}"] == folder
 
 
+def test_every_package_inside_of_the_model_is_installed():
+    inside = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "hf_llama_repro").rglob("__init__.py")}
+    assert {folder.replace("/", ".") for folder in inside} <= set(PROJECT["tool"]["setuptools"]["packages"])
+
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
