@@ -27,7 +27,8 @@ def check(material: Material, version: str) -> list[Row]:
         name = f"vLLM, {'native Llama, --as llama' if native else 'Transformers backend, llama_repro'}"
         with _serve(material, folder) as server:
             through_backend = BACKEND in server.text()
-            rows.append(Row(name, version, "which of vLLM's models runs it", "as said", through_backend is not native))
+            runs = "the Transformers backend" if through_backend else "vLLM's own Llama"
+            rows.append(Row(name, version, "what of vLLM's runs it, by its log", runs, through_backend is not native))
             rows += [Row(name, version, *found) for found in _compare(server, folder, prompts, expected, said)]
     rows.append(Row("vLLM", version, "our folder without the plug-in (control)", *_without_plugin(material)))
     return rows
