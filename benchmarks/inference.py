@@ -10,6 +10,7 @@ be decoded faster than the weights are read, nor a prompt be read faster than it
 """
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 from transformers import CompileConfig, DynamicCache, PreTrainedModel
@@ -30,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from model import DTYPES, PREFILL_TOKENS, PROMPT_TOKENS, _tokens, decode, machine, models, prefill  # noqa: E402
+from parts import parts, show_parts  # noqa: E402
 
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM, optimize, restore  # noqa: E402
 from hf_llama_repro.configuration_llama_repro import PAPER_SIZES  # noqa: E402
@@ -160,6 +163,13 @@ def columns(
     return found
 
 
+def parts_of(batch: int) -> dict[str, dict[str, float]]:
+    """Where the time of a step goes, in bf16; prints the table."""
+    found = parts(*models(torch.bfloat16), batch, 3)
+    show_parts(found, f"batch {batch}, bf16")
+    return found
+
+
 def weights_read(model: PreTrainedModel) -> list[torch.Tensor]:
     """What a token reads: all but the embedding, unless it is the output matrix too."""
     named = model.named_parameters()
@@ -181,7 +191,20 @@ def main_table(arguments: argparse.Namespace, peers: Peer | None) -> list[dict[s
             tokens = NEW_TOKENS * batch or PREFILL_TOKENS
             show(title, result, tokens, dtype.itemsize)
             figures.append({"work": title, "tokens": tokens, "seconds": result})
+        figures.append(with_adapters(upstream, ours, arguments.rounds, name))
     return figures
+
+
+def with_adapters(upstream: PreTrainedModel, ours: Any, rounds: int, dtype: str) -> dict[str, Any]:
+    """Decoding with a LoRA adapter attached, of rank 8 on q_proj and v_proj; the models keep it."""
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    runs = {"limit": limit(ours, 1)}
+    for name, model in {"upstream": upstream, "ours": ours}.items():
+        run = decode(peft.get_peft_model(model, config).eval(), 1, NEW_TOKENS)
+        runs[name] = functools.partial(seconds, run)
+    result, title = turns(runs, rounds), f"decode, batch 1, {dtype}, adapter attached"
+    show(title, result, NEW_TOKENS, DTYPES[dtype].itemsize)
+    return {"work": title, "tokens": NEW_TOKENS, "seconds": result}
 
 
 def show(title: str, result: dict[str, dict[str, float]], tokens: int, itemsize: int) -> None:
@@ -339,6 +362,7 @@ def main() -> int:
             for name, reason in peers.missing.items():
                 print(f"without {name}: {reason}")
         report["figures"] = main_table(arguments, peers)
+        report["parts"] = {f"batch {batch}, bf16": parts_of(batch) for batch in (1, 8)}
         report["quality"] = quality()
         if not arguments.no_scaling:
             report["scaling"] = scaling(torch.bfloat16)

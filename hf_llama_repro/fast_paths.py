@@ -1,4 +1,4 @@
-"""Faster ways of what the model does, in inference: one-token products, attention on a CPU, a cache that does not copy.
+"""Faster ways of what the model does, in inference: products of few tokens, attention, a cache that does not copy.
 
 The model file asks for them by name (`FAST_PATHS`); each gives the plain way's result, to rounding, or leaves the work
 to it. A compiler and a tracer see the plain ways only.
@@ -16,8 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import cpu_kernel
 
-MOST_TOKENS = 16
-"""Of a batch, in a product with one token a sequence; above, PyTorch's matrix product is as fast."""
+MOST_TOKENS = 16 if torch.cpu._is_amx_tile_supported() else 48
+"""Of a batch, in a product of the compiled code; above, PyTorch's is as fast, which knows AMX."""
 
 
 def observed() -> bool:
@@ -41,20 +41,20 @@ def _plain(*tensors: torch.Tensor) -> bool:
     )
 
 
-def one_token_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """`F.linear` of (batch, 1, columns); None where the plain way is to be taken."""
-    if x.dim() != 3 or x.shape[1] != 1 or x.shape[0] > MOST_TOKENS or observed():
+def few_tokens_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """`F.linear` of (batch, seq, columns); None where the plain way is to be taken."""
+    if x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MOST_TOKENS or observed():
         return None
     if not _plain(x, weight, *(() if bias is None else (bias,))) or not weight.is_contiguous():
         return None
     return cpu_kernel.linear(x, weight, bias) if cpu_kernel.available() else None
 
 
-class OneTokenLinear(nn.Linear):
+class FewTokensLinear(nn.Linear):
     """nn.Linear with the fast path. A layer becomes one in the first pass: quantizers look for nn.Linear itself."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output = one_token_linear(x, self.weight, self.bias)
+        output = few_tokens_linear(x, self.weight, self.bias)
         return super().forward(x) if output is None else output
 
 
@@ -66,7 +66,7 @@ def begin(model: nn.Module, cache: Cache | None) -> None:
     if "_has_fast_linears" not in model.__dict__:
         for module in model.modules():
             if type(module) is nn.Linear:
-                module.__class__ = OneTokenLinear
+                module.__class__ = FewTokensLinear
         model.__dict__["_has_fast_linears"] = True
 
 
@@ -82,9 +82,12 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: what `sdpa` computes, (batch, seq, heads, head_dim)."""
     output = None
+    plain = scaling is not None and not dropout and not observed() and _plain(query, key, value)
+    if plain and _packs_requests(query, kwargs):
+        return _each_request(module, query, key, value, scaling, kwargs), None
     if attention_mask is None and query.shape[2] > 1 and not module.is_causal:
         pass  # a model that was made to look both ways
-    elif not (observed() or dropout or scaling is None or kwargs.keys() & SDPA_OPTIONS) and _plain(query, key, value):
+    elif plain and not kwargs.keys() & SDPA_OPTIONS:
         way = _one_query if query.shape[2] == 1 else _many_queries
         output = way(query, key, value, attention_mask, scaling)
     if output is None:
@@ -118,6 +121,38 @@ def _many_queries(
     if not known or query.shape[-1] % 2 or not cpu_kernel.available():
         return None
     return cpu_kernel.attention(query, key, value, mask, scaling)
+
+
+def _packs_requests(query: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether this is `generate_batch` (continuous batching): the tokens of all requests, in one row."""
+    if kwargs.get("cache") is None or kwargs.get("block_table") is not None:
+        return False
+    ends = kwargs.get("cu_seq_lens_q")
+    return ends is not None and int(ends[-1]) == query.shape[2] and cpu_kernel.available()
+
+
+def _each_request(
+    module: nn.Module,
+    query: torch.Tensor,  # (1, heads, new tokens of all requests, head_dim)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: Any,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Each request's queries with its own keys; SDPA multiplies all queries with all keys, and masks the others'."""
+    key, value = kwargs["cache"].update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    queries, keys = (kwargs[f"cu_seq_lens_{name}"].tolist() for name in "qk")
+    outputs: list[Any] = []
+    for request in range(len(queries) - 1):
+        new, total = slice(*queries[request : request + 2]), slice(*keys[request : request + 2])
+        seq, past = new.stop - new.start, total.stop - total.start - (new.stop - new.start)
+        own = query[:, :, new], key[:, :, total], value[:, :, total]
+        if seq == 1:
+            outputs.append(_one_query(*own, None, scaling))
+        elif seq:
+            mask = query.new_ones(1, 1, seq, past + seq, dtype=torch.bool).tril(past) if past else None
+            outputs.append(cpu_kernel.attention(*own, mask, scaling))
+    return torch.cat(outputs, dim=1)
 
 
 class Room:

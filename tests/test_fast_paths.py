@@ -14,7 +14,7 @@ from random_models import ARCHITECTURES, random_model, random_tokens, relative_d
 from transformers import DynamicCache
 
 from hf_llama_repro import cpu_kernel, modeling_llama_repro, optimize
-from hf_llama_repro.fast_paths import CacheLayerWithRoom, OneTokenLinear, Room, one_token_linear
+from hf_llama_repro.fast_paths import MOST_TOKENS, CacheLayerWithRoom, FewTokensLinear, Room, few_tokens_linear
 
 SHAPES = {  # batch, heads, kv_heads, head_dim, seq, cached before
     "9/3": (1, 9, 3, 64, 130, 0),
@@ -111,19 +111,19 @@ assert type(caches[0].layers[0]).__name__ == "DynamicLayer"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("batch", [1, 2, 5, 7, 16])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (5, 1), (7, 1), (16, 1), (1, 16), (3, 4), (2, 8)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_one_token_linear_equals_linear(batch, bias, dtype):
+def test_few_tokens_linear_equals_linear(shape, bias, dtype):
     linear = torch.nn.Linear(83, 61, bias=bias).to(dtype)
-    x = torch.randn(batch, 1, 83).to(dtype)
+    x = torch.randn(*shape, 83).to(dtype)
     with torch.no_grad():
-        output = one_token_linear(x, linear.weight, linear.bias)
+        output = few_tokens_linear(x, linear.weight, linear.bias)
         assert relative_difference(output, linear(x)) < TOLERANCE[dtype]
-        assert one_token_linear(x.double(), linear.weight, linear.bias) is None
-        assert one_token_linear(x.expand(batch, 2, 83), linear.weight, linear.bias) is None
+        assert few_tokens_linear(x.double(), linear.weight, linear.bias) is None
+        assert few_tokens_linear(x[:1, :1].expand(1, MOST_TOKENS + 1, 83), linear.weight, linear.bias) is None
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert one_token_linear(x, linear.weight, linear.bias) is None
-    assert one_token_linear(x, linear.weight, linear.bias) is None  # gradients are taken
+            assert few_tokens_linear(x, linear.weight, linear.bias) is None
+    assert few_tokens_linear(x, linear.weight, linear.bias) is None  # gradients are taken
 
 
 @pytest.mark.parametrize("fields", ARCHITECTURES.values(), ids=ARCHITECTURES)
@@ -151,7 +151,7 @@ def test_lora_over_fast_linears():
     adapted = get_peft_model(
         model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     ).eval()
-    assert type(model.model.layers[0].self_attn.q_proj.base_layer) is OneTokenLinear
+    assert type(model.model.layers[0].self_attn.q_proj.base_layer) is FewTokensLinear
     attached = adapted.generate(input_ids=prompt, **how)
     assert torch.equal(adapted.merge_and_unload().generate(prompt, **how), attached)
 
@@ -237,7 +237,7 @@ def test_a_tracer_sees_the_plain_way(monkeypatch):
     model = random_model(tiny_config())
     with torch.no_grad():
         model(random_tokens(model.config))
-    assert type(model.lm_head) is OneTokenLinear
+    assert type(model.lm_head) is FewTokensLinear
     monkeypatch.setattr(cpu_kernel, "linear", lambda *_: pytest.fail("hidden from the tracer"))
     with torch.no_grad():
         head, x = model.lm_head.requires_grad_(False), torch.randn(1, 1, model.config.hidden_size)
