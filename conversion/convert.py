@@ -85,6 +85,7 @@ def convert(
     overwrite: bool = False,
     resume: bool | None = None,
     verify: bool = False,
+    ollama: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Conversion:
     """Writes `target` from `source`, whole or not at all; in memory are two tensors at a time, whatever their number.
@@ -93,8 +94,8 @@ def convert(
     `dtype` "auto" keeps the source's. `tokenizer` replaces the one found with the source. `max_shard_size` in decimal
     units. `context_length` (tokens) and `chat` answer what the files of a Meta folder may not tell. `resume` True goes
     on with what an interrupted conversion finished, False begins it anew; None refuses where there is such a thing.
-    `verify` proves the folder before it gets its name. `tell` is given a line on the space needed, before anything is
-    written.
+    `verify` proves the folder before it gets its name. `ollama` writes a Modelfile into it. `tell` is given a line on
+    the space needed, before anything is written.
     Raises `CheckpointError`; the source is never changed.
     """
     import torch
@@ -103,6 +104,10 @@ def convert(
     from .source import open_source
     from .target import parse_size
 
+    if ollama and (model_type != "llama" or not with_tokenizer):
+        raise CheckpointError(
+            "--ollama writes a template for a folder that llama.cpp converts: it needs --as llama, and a tokenizer"
+        )
     max_shard_bytes = parse_size(max_shard_size)
     opened = open_source(source, context_length=context_length, chat=chat)
     opened = replace(opened, tokenizer=(tokenizer or opened.tokenizer) if with_tokenizer else None)
@@ -117,6 +122,7 @@ def convert(
         max_shard_bytes=max_shard_bytes,
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
+        ollama=ollama,
         resumable=True,
         resume=resume,
         tell=tell,
@@ -150,6 +156,7 @@ def new_folder(
     max_shard_bytes: int,
     allow_nonfinite: bool,
     overwrite: bool,
+    ollama: bool = False,
     resumable: bool = False,
     resume: bool | None = None,
     tell: Callable[[str], None] = lambda line: None,
@@ -186,6 +193,8 @@ def new_folder(
         manifest = Manifest(folder, request)
         # The tokenizer first: it may be refused, and that is better known before hours of writing.
         tokenizer_line = "none" if opened.tokenizer is None else _write_tokenizer(opened.tokenizer, folder, opened)
+        if ollama:
+            _write_modelfile(folder, opened)
         written = write_weights(
             opened,
             manifest,
@@ -228,6 +237,18 @@ def _write_tokenizer(tokenizer: Path, folder: Path, opened: "Source") -> str:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(loaded, name))
     return line
+
+
+def _write_modelfile(folder: Path, opened: "Source") -> None:
+    from .ollama import modelfile
+    from .tokenizer import load_tokenizer
+
+    text = modelfile(
+        load_tokenizer(folder, folder),
+        context_length=opened.config.max_position_embeddings,
+        sampling=opened.generation_config or (CHAT_SAMPLING if opened.chat else {}),
+    )
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
 
 
 def _write_configuration(folder: Path, config: "LlamaReproConfig", model_type: str) -> None:
@@ -307,6 +328,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow-nonfinite", action="store_true", help="convert weights with NaN or infinite values")
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it is a checkpoint")
     parser.add_argument("--verify", action="store_true", help="prove the result, as hf-llama-verify does")
+    parser.add_argument("--ollama", action="store_true", help="write a Modelfile with the chat template for Ollama")
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,

@@ -196,9 +196,9 @@ class LlamaReproAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)  # (batch, kv_heads, total, head_dim)
 
         implementation = self.config._attn_implementation
-        attention_interface: Callable = FAST_PATHS.get(implementation) or ALL_ATTENTION_FUNCTIONS.get_interface(
-            implementation, eager_attention_forward
-        )
+        # vLLM reads this source: a name that holds what get_interface gives, alone, and is called once.
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attention_interface = FAST_PATHS.get(implementation, attention_interface)
         attn_output, attn_weights = attention_interface(
             self,
             query,
