@@ -49,6 +49,7 @@ class Page:
         self.assistant = assistant
         self.running: dict[str, set[Answer]] = defaultdict(set)
         """Of each session (a tab of a browser)."""
+        self.sides: list[Any] = []
         self.turns: list[Any] = []
         """Of each side of a conversation."""
         self.num_sides = 2 if assistant.model.has_adapter else 1

@@ -150,7 +150,7 @@ class Answer:
         """A token by its logits (1, vocab_size)."""
         if not torch.isfinite(logits).all():
             raise CheckpointError(f"the model computes NaN or infinity in {logits.dtype}: try another dtype")
-        so_far = torch.tensor([self.prompt + self.tokens], device=logits.device)
+        so_far: Any = torch.tensor([self.prompt + self.tokens], device=logits.device)
         scores = self._processors(so_far, logits.float())
         if not self.sampling.temperature:
             return int(scores.argmax(-1))

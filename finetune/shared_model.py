@@ -46,6 +46,9 @@ class SharedModel:
         def state() -> tuple[tuple[int, str | None], ...]:
             return tuple((len(answer.tokens), answer.end) for answer in answers)
 
+        def has_changed() -> bool:
+            return state() != seen
+
         with self._changed:
             if self._is_closed:
                 raise InputError("the model is closed")
@@ -55,7 +58,7 @@ class SharedModel:
         try:
             while any(end is None for _, end in seen):
                 with self._changed:
-                    self._changed.wait_for(lambda before=seen: state() != before)
+                    self._changed.wait_for(has_changed)
                     seen = state()
                 yield
                 time.sleep(pause)
