@@ -53,7 +53,10 @@ class InstructionPrompts:
     """Asks by a template of the training."""
 
     def __init__(self, encoder: Any):
+        from .decoding import byte_tokens
+
         self.encoder = encoder
+        self.byte_tokens = byte_tokens(encoder.tokenizer.backend_tokenizer)
         self.ends = frozenset({encoder.eos})
         self.takes_system = bool(encoder.template.system)
         self.takes_turns = bool(encoder.template.next_prompt)

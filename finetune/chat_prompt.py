@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_llama_repro.errors import CheckpointError, InputError
 
+from .decoding import byte_tokens
 from .template import Turn
 
 
@@ -30,6 +31,7 @@ class ChatPrompts:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.byte_tokens = byte_tokens(self._backend)
         self.ends = end_tokens(tokenizer, folder)
 
     def ids(self, turns: tuple[Turn, ...], system: str) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from tokenizers import Tokenizer
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -31,6 +32,8 @@ class Prompts(Protocol):
 
     ends: frozenset[int]
     """Tokens after which an answer is complete."""
+    byte_tokens: frozenset[int]
+    """Tokens that stand for one byte: what they spell together is known when the last of them is there."""
     takes_system: bool
     """Whether there is a place for a system prompt."""
     takes_turns: bool
@@ -43,6 +46,12 @@ class Prompts(Protocol):
     def text(self, prompt: list[int], tokens: list[int]) -> str:
         """The text of an answer's tokens after that prompt."""
         ...
+
+
+def byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """LLaMA's <0x00> to <0xFF>; other tokenizers have none."""
+    found = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(token for token in found if token is not None)
 
 
 @dataclass(frozen=True)
@@ -111,9 +120,12 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """What there is so far; the bytes of a character that is not complete yet are left out."""
-        is_complete = self.end is not None
-        text = self.prompts.text(self.prompt, self.tokens[:])
+        """What there is so far, without what may still change: it begins with what it was before."""
+        is_complete, tokens = self.end is not None, self.tokens[:]
+        while not is_complete and tokens and tokens[-1] in self.prompts.byte_tokens:
+            tokens.pop()
+        text = self.prompts.text(self.prompt, tokens)
+        # Of a character whose bytes are not all there.
         return text if is_complete else text.rstrip("\ufffd")
 
     def stop(self) -> None:

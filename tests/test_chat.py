@@ -1,5 +1,6 @@
 """Answers of several users on one model are those that each would get alone; limits, bad input, the terminal."""
 
+import random
 import threading
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class Bare:
     """Prompts that are token ids already."""
 
     ends = frozenset({2})
+    byte_tokens = frozenset()
     takes_system = takes_turns = False
 
     def text(self, prompt, tokens):
@@ -203,19 +205,38 @@ def test_nan_is_one_message(instructed):
 
 
 def test_an_incomplete_character_is_not_shown(instructed, assistants):
-    """U+1F600 is four byte pieces of the tokenizer; the text of three of them would end in U+FFFD."""
+    """U+1F600 is four byte pieces of the tokenizer."""
+    answer = asked(assistants(instructed), "hello")
+    emoji = pieces_of(instructed, "😀")
+    assert len(emoji) == 4
+    for token in [*emoji, *emoji]:
+        answer.tokens.append(token)
+        assert answer.text == ""  # another byte would change how they are read
+    answer.tokens.append(300)
+    assert answer.text.startswith("😀😀")
+    answer.tokens += emoji[:2]
+    assert "\ufffd" not in answer.text
+    answer.stop()
+    assert answer.text.endswith("\ufffd")  # what it ended with is not hidden
+
+
+def pieces_of(folder, text):
+    return AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids[1:]
+
+
+def test_a_text_always_begins_with_what_it_was_before(instructed, assistants):
+    """Random bytes among the tokens: the tokenizer reads a row of them as a whole, valid or not."""
     assistant = assistants(instructed)
     answer = asked(assistant, "hello")
-    tokens = AutoTokenizer.from_pretrained(instructed)("😀", add_special_tokens=False).input_ids
-    shown = []
-    for token in tokens:
-        answer.tokens.append(token)
-        shown.append(answer.text)
-    assert shown[-1].endswith("😀")
-    assert not any("\ufffd" in text for text in shown)
-    answer.tokens.pop()
-    answer.stop()
-    assert "\ufffd" in answer.text  # what it ended with is not hidden
+    chance = random.Random(0)
+    before, shown = "", 0
+    for _ in range(400):
+        answer.tokens.append(chance.choice([*pieces_of(instructed, "😀a"), chance.randrange(3, 259), 300]))
+        assert answer.text.startswith(before)
+        shown += answer.text != before
+        before = answer.text
+    assert shown > 40
+    assert assistant.prompts.text(answer.prompt, answer.tokens).startswith(before)
 
 
 CONVERSATION = (Turn("hello", "", "the been"), Turn("stop;\nnow", "", "don't"), Turn("naïve 你好?", "with this", ""))
