@@ -39,7 +39,7 @@ CSS = """
 """
 
 Updates = dict[Any, Any]
-"""Component -> its new value or properties."""
+"""Component -> its value (a text box that nobody wrote into has None), or what is to be changed of it."""
 
 
 class Page:
@@ -160,7 +160,7 @@ class Page:
 
     def answer(self, given: Updates, request: gr.Request) -> Iterator[Updates]:
         """To an instruction."""
-        turn = Turn(given[self.question], given[self.input], "")
+        turn = Turn(given[self.question] or "", given[self.input] or "", "")
 
         def shown(texts: list[str]) -> Updates:
             return dict(zip(self.sides, texts, strict=False))
@@ -169,7 +169,7 @@ class Page:
 
     def say(self, given: Updates, request: gr.Request) -> Iterator[Updates]:
         """The next turn of a conversation; with two sides each goes on by itself."""
-        turn = Turn(given[self.question], "", "")
+        turn = Turn(given[self.question] or "", "", "")
         histories = [given[state] for state in self.turns]
 
         def shown(texts: list[str]) -> Updates:
@@ -217,7 +217,7 @@ class Page:
         sampling = Sampling(*(given[component] for component in self.sampling))
         sides = 2 if given[self.compare] and self.num_sides == 2 else 1
         return [
-            self.assistant.ask(turns, system=given[self.system], sampling=sampling, with_adapter=number == 0)
+            self.assistant.ask(turns, system=given[self.system] or "", sampling=sampling, with_adapter=number == 0)
             for number, turns in enumerate(conversations[:sides])
         ]
 
