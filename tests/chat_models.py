@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,8 @@ def made(assistant: Assistant, *answers: Answer) -> list[list[int]]:
     for _ in assistant.stream(*answers):
         pass
     return [answer.tokens for answer in answers]
+
+
+def hear_ctrl_c() -> None:
+    """To be called in a new process: a shell's background jobs ignore Ctrl-C, and hand that down."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

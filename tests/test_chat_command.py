@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chat_models import asked, made
+from chat_models import asked, hear_ctrl_c, made
 from random_models import tiny_config
 
 from finetune.chat import main
@@ -99,7 +99,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_terminal(instructed):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "finetune.chat", str(instructed), "--terminal", "--max-new-tokens", "30000"]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, close_fds=True
+        command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=hear_ctrl_c
     )
     os.close(theirs)
     shown = ""
