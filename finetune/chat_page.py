@@ -33,6 +33,7 @@ MOST_OPEN = 32
 """Answers that are made or waited for; each keeps a thread of the page waiting."""
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: auto; }
+.message-markdown-disabled { white-space: pre-wrap !important; }
 #message { min-height: 1.6em; }
 #message .error { color: #b91c1c; font-weight: 600; }
 #message .note { opacity: 0.7; }
@@ -175,14 +176,15 @@ class Page:
         def shown(texts: list[str]) -> Updates:
             pairs = zip(histories, texts, strict=False)
             lines = [messages((*history, turn._replace(response=text))) for history, text in pairs]
-            return {self.question: "", **dict(zip(self.sides, lines, strict=False))}
+            return dict(zip(self.sides, lines, strict=False))
 
         def kept(texts: list[str]) -> Updates:
             pairs = zip(histories, texts, strict=False)
             turns = [(*history, turn._replace(response=text)) for history, text in pairs]
             return dict(zip(self.turns, turns, strict=False))
 
-        yield from self._run(given, [(*history, turn) for history in histories], request, shown, kept)
+        conversations = [(*history, turn) for history in histories]
+        yield from self._run(given, conversations, request, shown, kept, taken={self.question: ""})
 
     def _run(
         self,
@@ -191,8 +193,9 @@ class Page:
         request: gr.Request,
         shown: Callable[[list[str]], Updates],
         kept: Callable[[list[str]], Updates] = lambda _: {},
+        taken: Updates | None = None,
     ) -> Iterator[Updates]:
-        """Asks, and shows what comes; `kept` is what stays of the complete answers."""
+        """Asks, and shows what comes. `kept`: what stays of complete answers; `taken`: what a good question changes."""
         start, session = time.monotonic(), str(request.session_hash)
         controls = [self.send, self.stop_button, self.clear]
         try:
@@ -200,7 +203,7 @@ class Page:
             line = self.assistant.model.num_open
             note = f"{line} other answers are being made ..." if line else "reading the question ..."
             busy = dict(zip(controls, self._controls(busy=True), strict=True))
-            yield {**busy, **shown([""] * len(answers)), self.message: _note(note)}
+            yield {**busy, **(taken or {}), **shown([""] * len(answers)), self.message: _note(note)}
             for _ in self._made(answers, session):
                 yield {**shown([answer.text for answer in answers]), self.message: _note("")}
         except InputError as error:

@@ -119,7 +119,8 @@ class Tab:
         """The messages of a conversation."""
         self.switch()
         script = "return [...document.querySelectorAll(arguments[0])].map(part => part.innerText.trim())"
-        return self.browser.execute_script(script, f"#side{side} .message")
+        parts = ", ".join(f"#side{side} [data-testid={role}]" for role in ("user", "bot"))
+        return self.browser.execute_script(script, parts)
 
     def message(self) -> str:
         return self.find("#message").text.strip()
