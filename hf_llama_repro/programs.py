@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from importlib.util import find_spec
 from typing import Any
 
-from .command import run
+from .command import add_version, run
 from .errors import InputError
 
 
@@ -143,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("program", help="console script to run, such as transformers or lm_eval")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the program is given")
+    add_version(parser)
     return parser
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llama_repro import recipe_file
-from hf_llama_repro.command import run
+from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import InputError
 
 from .recipe import Recipe, add_recipe_flags, load_recipe
@@ -196,6 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
     only.add_argument("--plan", action="store_true", help="print parameters, time, cost and epochs, and end")
     only.add_argument("--prepare", action="store_true", help="write the tokenizer and the tokens, and end")
     add_recipe_flags(parser)
+    add_version(parser)
     return parser
 
 

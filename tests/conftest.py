@@ -9,7 +9,7 @@ from hypothesis import settings
 from examples.demo import bring_model
 from hf_llama_repro import modeling_llama_repro
 
-pytest_plugins = ["sentencepiece_fixtures", "finetune_runs", "pretrain_runs"]
+pytest_plugins = ["sentencepiece_fixtures", "finetune_runs", "pretrain_runs", "chat_models"]
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -22,8 +22,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from finetune.alpaca import finetune, main, prepare_data
+from finetune.answering import InstructionPrompts, ask, load_answering
+from finetune.decoding import Sampling
 from finetune.encoding import Encoder, Example
-from finetune.generate import generate, load_answering
+from finetune.generate import pieces
 from finetune.model import load_tokenizer
 from finetune.records import read_records
 from finetune.template import load_template
@@ -192,10 +194,11 @@ def test_a_model_that_learnt_its_answers_gives_them_and_stops(tiny_base, tmp_pat
         save_steps=60,
     )
     target = finetune(recipe)
-    encoder = Encoder(load_tokenizer(target), load_template(target / "prompt_template.json"))
+    prompts = InstructionPrompts(Encoder(load_tokenizer(target), load_template(target / "prompt_template.json")))
     model = load_answering(*((target, None) if method == "full" else (tiny_base, target)), dtype="float32")
     for record in read_records(data)[0]:
-        assert generate(model, encoder, record.turns, max_new_tokens=200) == record.turns[0].response
+        answer = ask(prompts, record.turns, "", Sampling(max_new_tokens=200), context=512)
+        assert "".join(pieces(model, answer)) == record.turns[0].response
 
 
 def test_the_same_steps_are_taken_whatever_the_micro_batch(tiny_base, tiny_data, tmp_path):

@@ -104,5 +104,5 @@ def test_a_question_longer_than_the_context_is_refused(tiny_base, capsys):
 
 def test_no_model_is_one_message(capsys):
     assert main(["nowhere", "--instruction", "a"]) == 2
-    assert "has no tokenizer.json" in capsys.readouterr().err
+    assert "there is no folder nowhere" in capsys.readouterr().err
     assert not Path("nowhere").exists()

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..command import run
+from ..command import add_version, run
 from ..errors import InputError
 
 DEFAULT_TASKS = "mmlu,hellaswag,triviaqa,nq_open"
@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output-dir", type=Path, default=Path("evaluation"), metavar="FOLDER", help="default: evaluation"
     )
+    add_version(parser)
     return parser
 
 
