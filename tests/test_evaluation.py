@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from conversion.convert import convert  # noqa: E402
 from conversion.tokenizer import convert_tokenizer  # noqa: E402
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM, modeling_llama_repro  # noqa: E402
+from hf_llama_repro.errors import InputError  # noqa: E402
+from hf_llama_repro.evaluation import harness  # noqa: E402
 from hf_llama_repro.evaluation.command import main  # noqa: E402
 from hf_llama_repro.evaluation.harness import Tasks, run_job, wrapped  # noqa: E402
 from hf_llama_repro.evaluation.model import plain_paths, recognised  # noqa: E402
@@ -128,20 +131,20 @@ def test_every_log_likelihood_is_stock_llamas(smollm2, stock):
         assert log_likelihoods(changed, task) != log_likelihoods(reference, task)
 
 
-def test_adapter_is_evaluated_on_its_base(smollm2, stock, tmp_path):
+def test_adapter_is_evaluated_on_its_base(tiny, tmp_path):
     torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny)
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(LlamaForCausalLM(stock.config), lora).save_pretrained(tmp_path / "adapter")
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
     flags = ("--tasks", "prose", "--include-path", str(OWN_TASKS), "--limit", "2")
-    with_adapter = run(smollm2, tmp_path / "out", *flags, "--adapter", str(tmp_path / "adapter"))
-    adapted = PeftModel.from_pretrained(stock, tmp_path / "adapter")
-    try:
-        reference = through_lm_eval(adapted, AutoTokenizer.from_pretrained(smollm2), ["prose"], 2)
-    finally:
-        adapted.unload()
+    with_adapter = run(tiny, tmp_path / "out", *flags, "--adapter", str(tmp_path / "adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    with plain_paths():
+        adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "adapter")
+        reference = through_lm_eval(adapted, tokenizer, ["prose"], 2)
+        alone = through_lm_eval(AutoModelForCausalLM.from_pretrained(tiny), tokenizer, ["prose"], 2)
     assert metrics_of(with_adapter["metrics"]["prose"]["results"]) == metrics_of(reference["results"])
-    base = through_lm_eval(stock, AutoTokenizer.from_pretrained(smollm2), ["prose"], 2)
-    assert metrics_of(base["results"]) != metrics_of(reference["results"])
+    assert metrics_of(alone["results"]) != metrics_of(reference["results"])
 
 
 def test_fast_paths_are_off_within_and_on_after():
@@ -305,7 +308,11 @@ def test_generated_code_keeps_its_indentation(llama_tokenizer_model, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tasks", "facst", "--include-path", str(OWN_TASKS)], "no task named 'facst'; near: facts"),
+        pytest.param(
+            ["--tasks", "facst", "--include-path", str(OWN_TASKS)],
+            "no task named 'facst'; near: facts",
+            marks=pytest.mark.slow,  # reads the index of all tasks of lm-evaluation-harness
+        ),
         (["--tasks", ","], "--tasks ',' names no task"),
         (["--tasks", "humaneval"], "humaneval executes code that the model writes"),
         (["--tasks", "mmlu", "--settings", "7-shot"], "--settings 7-shot: the papers' tables have 5-shot, 0-shot"),
@@ -327,6 +334,19 @@ def test_bad_flags_are_one_message(flags, message, tiny, tmp_path, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_name_that_no_task_has(monkeypatch):
+    few = SimpleNamespace(task_index={"hellaswag": None}, all_tasks=["hellaswag"])
+    monkeypatch.setattr(harness, "_harness", lambda: few)
+    tasks = Tasks(OWN_TASKS)
+    tasks.check(["facts", "hellaswag"], execute_code=False)
+    for name, message in (
+        ("helaswag", "no task named 'helaswag'; near: hellaswag; .* has facts, prose; `lm-eval ls tasks`"),
+        ("zzz", "no task named 'zzz'; /.* has facts, prose"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tasks.check(["facts", name], execute_code=False)
 
 
 def test_folders_that_are_no_model(tiny, tmp_path, capsys):
