@@ -59,6 +59,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from .model import check_folder
 
     check_folder(arguments.model)
+    if arguments.adapter is not None and not (arguments.adapter / "adapter_config.json").is_file():
+        raise InputError(f"{arguments.adapter} is no adapter: it has no adapter_config.json")
     from .execution import require_limits
     from .harness import Tasks, require_harness
     from .settings import jobs
@@ -71,7 +73,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     require_harness()
     if arguments.execute_code:
         require_limits()
-    tasks = Tasks(arguments.include_path, names)
+    tasks = Tasks(arguments.include_path)
     tasks.check(names, execute_code=arguments.execute_code)
     _make_folder(arguments.output_dir)
     loaded = {job: tasks.load(job) for job in planned}
@@ -108,7 +110,7 @@ def _measure(arguments: argparse.Namespace, tasks: Any, loaded: dict[Any, Any]) 
         print(f"tasks       {', '.join(map(str, loaded))}", flush=True)
         lm = wrapped(model, tokenizer, batch_size=arguments.batch_size)
         for job, task in loaded.items():
-            results = run_job(lm, job, task, tasks.manager, limit=arguments.limit)
+            results = run_job(lm, job, task, tasks.manager(job.task), limit=arguments.limit)
             found = rows_of(job, results, size)
             rows += found
             metrics[str(job)] = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -28,36 +29,47 @@ def require_harness() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
+@functools.cache
+def _harness() -> Any:
+    """The tasks of lm-evaluation-harness; reading their index takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 class Tasks:
     """The tasks of lm-evaluation-harness and those of a folder, which go first."""
 
-    def __init__(self, include_path: Path | None, names: list[str]):
+    def __init__(self, include_path: Path | None):
         from lm_eval.tasks import TaskManager
 
         if include_path is not None and not include_path.is_dir():
             raise InputError(f"--include-path {include_path} is no folder: give one that holds the tasks' YAML files")
         self.folder = None if include_path is None else include_path.resolve()
-        self.own: set[str] = set()
-        if self.folder is not None:
-            self.manager = TaskManager(include_path=str(self.folder), include_defaults=False)
-            self.own = set(self.manager.all_tasks)
-            if set(names) <= set(self.manager.all_subtasks):  # reading the index of all others takes seconds
-                return
-        self.manager = TaskManager(include_path=None if self.folder is None else str(self.folder))
+        self._own: Any = self.folder and TaskManager(include_path=str(self.folder), include_defaults=False)
+        self.own: list[str] = self._own.all_tasks if self._own else []
+
+    def manager(self, name: str) -> Any:
+        """Knows the task, and what it is made of: a group of the folder may have tasks of lm-evaluation-harness."""
+        from lm_eval.tasks import TaskManager
+
+        if name not in self.own:
+            return _harness()
+        return self._own if name in self._own.all_subtasks else TaskManager(include_path=str(self.folder))
 
     def check(self, names: list[str], *, execute_code: bool) -> None:
         """Raises `InputError` for a name that no task has, and for code that may not be executed."""
-        for name in names:
-            if name not in self.manager.task_index:
-                near = difflib.get_close_matches(name, self.manager.all_tasks, 3)
-                hint = f"; near: {', '.join(near)}" if near else ""
-                own = f"; {self.folder} has {', '.join(sorted(self.own)) or 'none'}" if self.folder else ""
-                raise InputError(f"no task named {name!r}{hint}{own}; `lm-eval ls tasks` shows all")
         if "humaneval" in names and not execute_code:
             raise InputError(
                 "humaneval executes code that the model writes, on this machine, in processes with limits on time, "
                 "memory and files: add --execute-code where that is right, or leave humaneval out of --tasks"
             )
+        for name in names:
+            if name not in self.own and name not in _harness().task_index:
+                near = difflib.get_close_matches(name, [*self.own, *_harness().all_tasks], 3)
+                hint = f"; near: {', '.join(near)}" if near else ""
+                own = f"; {self.folder} has {', '.join(self.own) or 'none'}" if self.folder else ""
+                raise InputError(f"no task named {name!r}{hint}{own}; `lm-eval ls tasks` shows all")
 
     def load(self, job: Job) -> dict[str, Any]:
         """The task of a job with its data, as `simple_evaluate` takes it. Raises `InputError` where it is not there."""
@@ -66,7 +78,7 @@ class Tasks:
         spec: Any = self._human_eval(job) if job.task == "humaneval" else job.task
         try:
             with _inside(self.folder):  # relative paths of data files are those of the folder
-                loaded = self.manager.load([spec])
+                loaded = self.manager(job.task).load([spec])
         except (OSError, HfHubHTTPError) as error:
             raise InputError(f"the data of task {job.task} is not here: {_first_line(error)}. {_OFFLINE}") from None
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -82,11 +94,10 @@ class Tasks:
         return dict(loaded)
 
     def _human_eval(self, job: Job) -> dict[str, Any]:
-        entry = self.manager.task_index["humaneval"]
+        own = self._own.task_index["humaneval"].cfg if "humaneval" in self.own else {}
         names = ("dataset_path", "dataset_name", "dataset_kwargs", "test_split")
-        dataset = {name: entry.cfg[name] for name in names if entry.cfg and name in entry.cfg}
-        k = int(job.setting.name.removeprefix("pass@"))
-        return human_eval(k, job.setting.samples, dataset if "humaneval" in self.own else {})
+        dataset = {name: own[name] for name in names if name in own}
+        return human_eval(int(job.setting.name.removeprefix("pass@")), job.setting.samples, dataset)
 
 
 _OFFLINE = (

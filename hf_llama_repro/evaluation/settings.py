@@ -20,7 +20,7 @@ class Setting:
     """None: what the task says of itself."""
     samples: int = 1
     """Answers to each question."""
-    generation: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict, hash=False)
     """What differs from the task's own way to generate."""
 
 
