@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from pretrain_runs import CONTEXT, steps, tiny_pretraining
+from pretrain_runs import CONTEXT, sources, steps, tiny_pretraining
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -108,6 +108,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(finished, tmp_pa
     pretrain(copied, resume=True)
     assert steps(copied.output_dir) == steps(finished.output_dir)
     assert same_bits(weights(copied.output_dir), weights(finished.output_dir))
+
+
+def test_a_run_is_not_continued_on_other_data(finished, text_folder, tmp_path, capfd):
+    folder = tmp_path / "texts"
+    shutil.copytree(text_folder, folder)
+    recipe = replace(finished, output_dir=str(tmp_path / "run"), data_dir="", sources=sources(folder))
+    path = command(replace(recipe, tokens=4 * 8 * CONTEXT))[3]
+    assert main([path]) == 0
+    (folder / "words" / "000.txt").write_text("another text")
+    assert main([path, "--resume"]) == 2
+    assert "was trained on other data: documents, tokens or bytes of words differ" in capfd.readouterr().err
 
 
 def test_the_comparison_of_runs_sees_another_seed(finished, tmp_path):
