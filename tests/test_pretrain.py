@@ -83,8 +83,8 @@ def test_it_learns_and_says_what_it_measured(finished):
     assert all(line["tokens"] == line["step"] * 8 * CONTEXT for line in lines)
     assert all(line["tokens_per_second"] > 0 and line["mfu"] > 0 for line in lines if "loss" in line)
     measured = rates(finished.output_dir)
-    assert len(measured) == 2
-    assert measured[1] < measured[0] < 8
+    assert len(measured) == 3
+    assert measured[2] < measured[1] < measured[0] < 8
     assert [path.name for path in checkpoints(Path(finished.output_dir))] == [f"checkpoint-{n}" for n in (4, 8, 12)]
     assert list((Path(finished.output_dir) / "tensorboard").glob("events*"))
     assert (Path(finished.output_dir) / "curves.png").read_bytes().startswith(b"\x89PNG")
