@@ -65,7 +65,9 @@ def bits(model: Any, accelerator: Any, ids: np.ndarray, recipe: Recipe) -> float
         empty = (np.zeros(recipe.context_length, np.int64), np.full(recipe.context_length, IGNORED, np.int64))
         mine += [empty] * (rows - len(mine))
         inputs, targets = (torch.from_numpy(np.stack(part)).to(accelerator.device) for part in zip(*mine, strict=True))
-        total += next_token_loss(model, inputs, targets, num_items_in_batch=1).double().cpu()
+        # Not compiled: a compiler would take longer than these few passes.
+        with torch.compiler.set_stance("force_eager"):
+            total += next_token_loss(model, inputs, targets, num_items_in_batch=1).double().cpu()
     model.train()
     return float(accelerator.reduce(total.to(accelerator.device), "sum")) / math.log(2)
 

@@ -1,13 +1,14 @@
 """The order of training: which tokens stand in which row of which step.
 
-It is computed and not stored. Per source and epoch the documents stand in a random order, one behind the other, and are
-cut into rows wherever the context ends. Which source a row is from is decided by what each is behind its share. All of
-it depends on the seed and the rows before alone, and not on processes or micro-batches, so that a few counters in a
-checkpoint are enough to go on.
+It is computed and not stored. Per source and epoch the documents stand in a random order and are dealt to as many lanes
+as a step has rows of the source; in each lane they stand one behind the other, and are cut into rows where the context
+ends. Which source a row is from is decided by what each is behind its share. All of it depends on the seed and the rows
+before alone, and not on processes or micro-batches, so that a few counters in a checkpoint are enough to go on.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,55 +50,63 @@ def _mixed(word: int) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a source the next row begins."""
+    """Where in its part of a source a lane goes on."""
 
     epoch: int = 0
     position: int = 0
-    """Of the document in the epoch's order."""
+    """Of the document among those of the lane in the epoch's order."""
     offset: int = 0
     """Tokens of that document that are behind it."""
-    rows: int = 0
-    """Taken from this source so far."""
 
 
 class Stream:
-    """The rows of one source, without end."""
+    """The rows of one source, without end, from several lanes in turn.
 
-    def __init__(self, name: str, tokens: Tokens, seed: int):
+    Of an epoch's order lane l of n has the documents l, l + n, l + 2n and so on. With one lane the rows of a step would
+    be neighbours, often of one document.
+    """
+
+    def __init__(self, name: str, tokens: Tokens, seed: int, lanes: int = 1):
         self.name, self.tokens, self.seed = name, tokens, seed
-        self.place = Place()
-        self._epoch, self._shuffle = 0, self._of_epoch(0)
-
-    def _of_epoch(self, epoch: int) -> Shuffle:
-        return Shuffle(len(self.tokens), f"{self.seed} {self.name} {epoch}")
+        self.places = [Place()] * max(1, min(lanes, len(tokens)))
+        self.rows = 0
+        self._orders: dict[int, Shuffle] = {}
 
     def take(self, length: int, *, read: bool) -> np.ndarray | None:
-        """`length` tokens and the one that follows them, with which the next row begins; only if `read`."""
+        """`length` tokens and the one that follows them, with which the lane's next row begins; only if `read`."""
+        lane = self.rows % len(self.places)
         parts: list[np.ndarray] = []
-        left, place = length, self.place
+        left, place = length, self.places[lane]
         while left:
-            count, place = self._step(place, left, parts if read else None)
+            count, place = self._step(lane, place, left, parts if read else None)
             left -= count
-        self.place = replace(place, rows=place.rows + 1)
+        self.places[lane] = place
+        self.rows += 1
         if not read:
             return None
-        self._step(place, 1, parts)
+        self._step(lane, place, 1, parts)
         return np.concatenate(parts)
 
-    def _step(self, place: Place, most: int, parts: list[np.ndarray] | None) -> tuple[int, Place]:
+    def _order(self, epoch: int) -> Shuffle:
+        if epoch not in self._orders:
+            # Lanes are in neighbouring epochs at most, for their parts are alike.
+            self._orders = {number: order for number, order in self._orders.items() if number >= epoch - 2}
+            self._orders[epoch] = Shuffle(len(self.tokens), f"{self.seed} {self.name} {epoch}")
+        return self._orders[epoch]
+
+    def _step(self, lane: int, place: Place, most: int, parts: list[np.ndarray] | None) -> tuple[int, Place]:
         """Reads up to `most` tokens of the document at `place`: their number, and the place behind them."""
-        if self._epoch != place.epoch:
-            self._epoch, self._shuffle = place.epoch, self._of_epoch(place.epoch)
-        document = self._shuffle(place.position)
+        number = place.position * len(self.places) + lane
+        document = self._order(place.epoch)(number)
         begin = self.tokens.start(document) + place.offset
         end = min(begin + most, int(self.tokens.ends[document]))
         if parts is not None:
             parts.append(self.tokens.ids[begin:end])
         if end < self.tokens.ends[document]:
             return end - begin, replace(place, offset=place.offset + end - begin)
-        if place.position + 1 < len(self.tokens):
+        if number + len(self.places) < len(self.tokens):
             return end - begin, replace(place, position=place.position + 1, offset=0)
-        return end - begin, replace(place, epoch=place.epoch + 1, position=0, offset=0)
+        return end - begin, Place(epoch=place.epoch + 1)
 
 
 class Mixture:
@@ -106,7 +115,10 @@ class Mixture:
     def __init__(self, recipe: Recipe, train: dict[str, Tokens]):
         self.length = recipe.context_length
         self.shares = {source.name: source.share for source in recipe.sources}
-        self.streams = {name: Stream(name, train[name], recipe.seed) for name in self.shares}
+        self.streams = {
+            name: Stream(name, train[name], recipe.seed, lanes=math.ceil(share * recipe.num_rows))
+            for name, share in self.shares.items()
+        }
 
     def next_rows(self, count: int, wanted: range | set[int]) -> np.ndarray:
         """Goes on by `count` rows; those whose number is in `wanted`, (rows, context_length + 1), int64."""
@@ -119,17 +131,21 @@ class Mixture:
 
     def _behind(self) -> Stream:
         """The source that lacks most of its share of the rows up to the next; the first of several."""
-        total = 1 + sum(stream.place.rows for stream in self.streams.values())
-        return max(self.streams.values(), key=lambda stream: self.shares[stream.name] * total - stream.place.rows)
+        total = 1 + sum(stream.rows for stream in self.streams.values())
+        return max(self.streams.values(), key=lambda stream: self.shares[stream.name] * total - stream.rows)
 
     def epochs(self) -> dict[str, float]:
         """How often each source was seen."""
-        return {name: stream.place.rows * self.length / len(stream.tokens.ids) for name, stream in self.streams.items()}
+        return {name: stream.rows * self.length / len(stream.tokens.ids) for name, stream in self.streams.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The counters to go on from."""
-        return {name: asdict(stream.place) for name, stream in self.streams.items()}
+        return {
+            name: {"rows": stream.rows, "lanes": [astuple(place) for place in stream.places]}
+            for name, stream in self.streams.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, stream in self.streams.items():
-            stream.place = Place(**state[name])
+            stream.rows = state[name]["rows"]
+            stream.places = [Place(*counters) for counters in state[name]["lanes"]]

@@ -64,6 +64,12 @@ class Prepared:
     lines: list[str]
     """For people: what each source holds."""
 
+    def sizes(self) -> dict[str, list[int]]:
+        """By which a continuation tells whether it has the data that the run began with: documents, tokens, bytes."""
+        return {
+            name: [len(tokens), len(tokens.ids), int(tokens.num_bytes.sum())] for name, tokens in self.train.items()
+        }
+
 
 def _mapped(path: Path, dtype: str) -> np.ndarray:
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)

@@ -62,8 +62,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             plugin.set_mixed_precision(precision)
     elif plugin is not None and accelerator.distributed_type != DistributedType.FSDP:
         raise InputError(
-            "sharding=fsdp2 needs several processes: start them by `accelerate launch --num_processes N -m "
-            "pretrain.train ...`, or set sharding to none"
+            "sharding=fsdp2 needs several processes: start them by `accelerate launch` (on a CPU: `torchrun "
+            "--nproc_per_node N -m pretrain.train ...`), or set sharding to none"
         )
     return accelerator
 
@@ -85,6 +85,7 @@ class Run:
         self.config = model_config(recipe, len(load_processor(recipe)))
         self.mixture = Mixture(recipe, prepared.train)
         self.held_out = prepared.held_out
+        self.data = prepared.sizes()
         self.step = 0
         torch.manual_seed(recipe.seed)
         model = LlamaReproForCausalLM(self.config)
@@ -170,6 +171,9 @@ class Run:
         if self.accelerator.is_main_process:
             begin_metrics(self.output_dir / METRICS, self.step)
             self.writer = _summary_writer(self.output_dir / TENSORBOARD, self.step)
+        if recipe.eval_steps and self.step == 0:
+            self.evaluate(recipe.eval_tokens, tell)
+            begin = time.perf_counter()
         while self.step < recipe.num_steps:
             measured, steps = self.train_step(), steps + 1
             is_last = self.step == recipe.num_steps
@@ -226,7 +230,7 @@ class Run:
             self.accelerator.save_state(str(partial))
             self.accelerator.wait_for_everyone()
             if is_main:
-                content = {"step": self.step, "mixture": self.mixture.state_dict()}
+                content = {"step": self.step, "data": self.data, "mixture": self.mixture.state_dict()}
                 (partial / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
                 publish(partial, target)
                 keep_newest(self.output_dir, self.recipe.save_total_limit)
@@ -242,9 +246,14 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def resume(self, checkpoint: Path) -> None:
-        """Goes back to where the checkpoint was saved."""
-        self.accelerator.load_state(str(checkpoint))
+        """Goes back to where the checkpoint was saved. Raises `InputError` where the data is not what it was."""
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if differing := [name for name, sizes in self.data.items() if state["data"].get(name) != sizes]:
+            raise InputError(
+                f"{checkpoint} was trained on other data: documents, tokens or bytes of {', '.join(differing)} differ; "
+                "bring the files back, or begin anew in another output_dir"
+            )
+        self.accelerator.load_state(str(checkpoint))
         self.step = step_of(checkpoint)
         self.mixture.load_state_dict(state["mixture"])
 

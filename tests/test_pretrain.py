@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from pretrain_runs import CONTEXT, steps, tiny_pretraining
+from pretrain_runs import CONTEXT, sources, steps, tiny_pretraining
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,8 +83,8 @@ def test_it_learns_and_says_what_it_measured(finished):
     assert all(line["tokens"] == line["step"] * 8 * CONTEXT for line in lines)
     assert all(line["tokens_per_second"] > 0 and line["mfu"] > 0 for line in lines if "loss" in line)
     measured = rates(finished.output_dir)
-    assert len(measured) == 2
-    assert measured[1] < measured[0] < 8
+    assert len(measured) == 3
+    assert measured[2] < measured[1] < measured[0] < 8
     assert [path.name for path in checkpoints(Path(finished.output_dir))] == [f"checkpoint-{n}" for n in (4, 8, 12)]
     assert list((Path(finished.output_dir) / "tensorboard").glob("events*"))
     assert (Path(finished.output_dir) / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -108,6 +108,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(finished, tmp_pa
     pretrain(copied, resume=True)
     assert steps(copied.output_dir) == steps(finished.output_dir)
     assert same_bits(weights(copied.output_dir), weights(finished.output_dir))
+
+
+def test_a_run_is_not_continued_on_other_data(finished, text_folder, tmp_path, capfd):
+    folder = tmp_path / "texts"
+    shutil.copytree(text_folder, folder)
+    recipe = replace(finished, output_dir=str(tmp_path / "run"), data_dir="", sources=sources(folder))
+    path = command(replace(recipe, tokens=4 * 8 * CONTEXT))[3]
+    assert main([path]) == 0
+    (folder / "words" / "000.txt").write_text("another text")
+    assert main([path, "--resume"]) == 2
+    assert "was trained on other data: documents, tokens or bytes of words differ" in capfd.readouterr().err
 
 
 def test_the_comparison_of_runs_sees_another_seed(finished, tmp_path):

@@ -1,7 +1,6 @@
 """The data of pre-training: sources, tokens on the disk, their order, and what is measured on what was kept."""
 
 import gzip
-import itertools
 import json
 import math
 import shutil
@@ -35,16 +34,14 @@ def texts_of(tokens: Tokens, recipe: Recipe) -> list[str]:
     return [processor.decode(tokens.ids[tokens.start(n) : tokens.ends[n]].tolist()) for n in range(len(tokens))]
 
 
-def as_documents(ids: list[int]) -> Counter[tuple[int, ...]]:
-    """How often each document is among tokens that begin with the first BOS and end with the last EOS."""
-    found: Counter[tuple[int, ...]] = Counter()
-    current: list[int] = []
+def as_documents(ids: list[int]) -> list[tuple[int, ...]]:
+    """The whole documents among tokens that begin with a BOS."""
+    found, current = [], []
     for token in ids:
         current.append(token)
         if token == EOS:
-            found[tuple(current)] += 1
+            found.append(tuple(current))
             current = []
-    assert not current
     return found
 
 
@@ -104,28 +101,47 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert Shuffle(10**12, "key")(5) == Shuffle(10**12, "key")(5) < 10**12
 
 
-@pytest.mark.parametrize("epochs", [1, 3])
-def test_no_document_is_lost_or_doubled(epochs, pretrain_recipe, prepared):
-    """Every target of the rows, in their order: whole documents, each as often as there are epochs."""
-    tokens = prepared.train["more"]
-    stream = Stream("more", tokens, seed=7)
-    targets: list[int] = [int(stream.take(1, read=True)[0])]  # the first BOS has nothing that it could follow
-    stream = Stream("more", tokens, seed=7)
-    while len(targets) < epochs * len(tokens.ids):
-        targets += stream.take(CONTEXT, read=True)[1:].tolist()
-    expected = Counter(
-        {tuple(tokens.ids[tokens.start(n) : tokens.ends[n]].tolist()): epochs for n in range(len(tokens))}
+def documents_of_rows(tokens: Tokens, lanes: int, epochs: int) -> Counter[tuple[int, ...]]:
+    """Every document of the rows of a source's first epochs, from the rows' targets alone."""
+    stream, targets = Stream("more", tokens, seed=7, lanes=lanes), [[BOS] for _ in range(lanes)]
+    of_lane = [len(range(lane, len(tokens), lanes)) for lane in range(lanes)]
+    lane = 0
+    while any(len(as_documents(ids)) < epochs * count for ids, count in zip(targets, of_lane, strict=True)):
+        targets[lane] += stream.take(CONTEXT, read=True)[1:].tolist()
+        lane = (lane + 1) % lanes
+    return Counter(
+        document
+        for ids, count in zip(targets, of_lane, strict=True)
+        for document in as_documents(ids)[: epochs * count]
     )
-    assert as_documents(targets[: epochs * len(tokens.ids)]) == expected
-    # Counting sees a token that is missing.
-    assert as_documents([token for place, token in enumerate(targets[: len(tokens.ids)]) if place != 40]) != expected
 
 
-def test_each_row_begins_with_the_token_that_the_row_before_ended_with(prepared):
-    stream = Stream("words", prepared.train["words"], seed=0)
-    rows = [stream.take(CONTEXT, read=True) for _ in range(50)]
-    assert all(before[-1] == after[0] for before, after in itertools.pairwise(rows))
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_no_document_is_lost_or_doubled(epochs, lanes, prepared):
+    tokens = prepared.train["more"]
+    expected = {tuple(tokens.ids[tokens.start(n) : tokens.ends[n]].tolist()): epochs for n in range(len(tokens))}
+    assert documents_of_rows(tokens, lanes, epochs) == Counter(expected)
+
+
+def test_the_count_sees_a_document_that_is_cut_out(prepared):
+    tokens = prepared.train["more"]
+    keep = np.arange(len(tokens.ids)) >= tokens.ends[0]
+    fewer = Tokens(tokens.ids[keep], tokens.ends[1:] - tokens.ends[0], tokens.num_bytes[1:])
+    assert sum(documents_of_rows(tokens, 4, 1).values()) == sum(documents_of_rows(fewer, 4, 1).values()) + 1
+
+
+def test_each_row_begins_with_the_token_that_its_lanes_row_before_ended_with(prepared):
+    stream = Stream("words", prepared.train["words"], seed=0, lanes=3)
+    rows = [stream.take(CONTEXT, read=True) for _ in range(60)]
+    assert all(before[-1] == after[0] for before, after in zip(rows, rows[3:], strict=False))
     assert all(len(row) == CONTEXT + 1 for row in rows)
+
+
+def test_the_rows_of_a_step_are_of_different_documents(pretrain_recipe, prepared):
+    rows = Mixture(pretrain_recipe, prepared.train).next_rows(8, range(8))
+    assert (rows[:, 0] == BOS).all()
+    assert len({tuple(row) for row in rows.tolist()}) == 8
 
 
 def test_every_source_has_its_share_after_every_row(pretrain_recipe, prepared):
@@ -133,10 +149,11 @@ def test_every_source_has_its_share_after_every_row(pretrain_recipe, prepared):
     for rows in range(1, 600):
         mixture.next_rows(1, {0})
         for source in pretrain_recipe.sources:
-            assert abs(mixture.streams[source.name].place.rows - source.share * rows) < 1
-    place, seen = mixture.streams["more"].place, mixture.epochs()["more"]
-    assert seen == pytest.approx(place.rows * CONTEXT / len(prepared.train["more"].ids))
-    assert place.epoch == int(seen) > 1
+            assert abs(mixture.streams[source.name].rows - source.share * rows) < 1
+    stream, seen = mixture.streams["more"], mixture.epochs()["more"]
+    assert seen == pytest.approx(stream.rows * CONTEXT / len(prepared.train["more"].ids))
+    assert int(seen) > 1
+    assert {abs(place.epoch - int(seen)) for place in stream.places} <= {0, 1}
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 7, 40])
