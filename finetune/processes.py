@@ -60,8 +60,8 @@ def check_engine(recipe: Recipe) -> None:
         )
     if uses_deepspeed() and forced_on_cpu():
         raise InputError(
-            "DeepSpeed is asked for, and accelerate leaves it aside where ACCELERATE_USE_CPU is true: unset the variable, "
-            "which DeepSpeed does not need on a machine without cards"
+            "DeepSpeed is asked for, and accelerate leaves it aside where ACCELERATE_USE_CPU is true: unset the "
+            "variable, which DeepSpeed does not need on a machine without cards"
         )
     if divides_weights() and recipe.quantization != "none":
         engine = "FSDP" if uses_fsdp() else "ZeRO 3"
