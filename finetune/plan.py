@@ -81,6 +81,10 @@ class Plan:
                 f"note        of one of {self.processes} cards: weights, adapter, gradients and optimizer are divided; "
                 "temporary holds two whole layers and the output matrix"
             )
+        if self.processes > 1 and recipe.method == "full" and recipe.dtype != "float32":
+            notes.append(
+                "note        at most: autocast's 16-bit copies of all weights are counted; FSDP holds a layer of them"
+            )
         if self.steps is not None and self.records is not None:
             notes.append(
                 f"steps       {self.steps_per_epoch:,} an epoch, {self.steps:,} in all ({self.records:,} records)"
