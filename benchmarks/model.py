@@ -38,7 +38,8 @@ def decode(model: PreTrainedModel, batch: int = 1, new: int = NEW_TOKENS, **how:
     """Greedy `generate` from a prompt; tokens counted are the new ones. `how`: more settings of `generate`."""
     prompt = _tokens(model, batch, PROMPT_TOKENS)
     # No token ends the text; `min_new_tokens` would search the vocabulary for each token, half a millisecond.
-    settings = {"do_sample": False, "max_new_tokens": new, "eos_token_id": -1, "pad_token_id": 0, **how}
+    never = model.config.vocab_size
+    settings = {"do_sample": False, "max_new_tokens": new, "eos_token_id": never, "pad_token_id": 0, **how}
     generate: Any = model.generate
     return lambda: generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
 

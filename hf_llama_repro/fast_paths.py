@@ -82,19 +82,32 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: what `sdpa` computes, (batch, seq, heads, head_dim)."""
     output = None
-    plain = scaling is not None and not dropout and not observed() and _plain(query, key, value)
-    if plain and _packs_requests(query, kwargs):
-        return _each_request(module, query, key, value, scaling, kwargs), None
-    if attention_mask is None and query.shape[2] > 1 and not module.is_causal:
-        pass  # a model that was made to look both ways
-    elif plain and not kwargs.keys() & SDPA_OPTIONS:
-        way = _one_query if query.shape[2] == 1 else _many_queries
-        output = way(query, key, value, attention_mask, scaling)
+    if scaling is not None and not dropout and not observed() and _plain(query, key, value):
+        output = _fast_attention(module, query, key, value, attention_mask, scaling, kwargs)
     if output is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     return output, None
+
+
+def _fast_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    kwargs: dict[str, Any],
+) -> torch.Tensor | None:
+    """(batch, seq, heads, head_dim), or None where SDPA is to be taken."""
+    if _packs_requests(query, kwargs):
+        return _each_request(module, query, key, value, scaling, kwargs)
+    looks_ahead = mask is None and query.shape[2] > 1 and not module.is_causal
+    if looks_ahead or kwargs.keys() & SDPA_OPTIONS:
+        return None
+    way = _one_query if query.shape[2] == 1 else _many_queries
+    return way(query, key, value, mask, scaling)
 
 
 SDPA_OPTIONS = {"position_bias", "cache", "softcap", "is_causal"}
@@ -136,7 +149,7 @@ def _each_request(
     query: torch.Tensor,  # (1, heads, new tokens of all requests, head_dim)
     key: torch.Tensor,
     value: torch.Tensor,
-    scaling: Any,
+    scaling: float,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """Each request's queries with its own keys; SDPA multiplies all queries with all keys, and masks the others'."""
