@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences at a time; default: 1")
     parser.add_argument(
-        "--fast", action="store_true", help="on a CPU, our compiled code: quicker, and other last digits than stock's"
+        "--fast",
+        action="store_true",
+        help="on a CPU, our compiled code, for tasks that generate; the last digits are not stock's",
     )
     parser.add_argument(
         "--output-dir", type=Path, default=Path("evaluation"), metavar="FOLDER", help="default: evaluation"
