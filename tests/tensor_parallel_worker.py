@@ -34,7 +34,8 @@ def main() -> None:
     results, *folders = map(Path, sys.argv[1:])
     for folder in folders:
         before = private_bytes()
-        model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+        plan = {"tp_plan": "auto"} if os.environ["WORLD_SIZE"] != "1" else {}
+        model = AutoModelForCausalLM.from_pretrained(folder, **plan).eval()
         grown = private_bytes() - before
         tokens = random_tokens(model.config)
         with torch.no_grad():
@@ -47,7 +48,8 @@ def main() -> None:
             found["refused"] = str(error)
         torch.save(found, results / f"{folder.name}-{os.environ['RANK']}.pt")
         del model
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
