@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import hf_llama_repro
+from hf_llama_repro.mapped_pages import mapped_pages_released
 
 NEW_TOKENS = 12
 
@@ -35,7 +36,8 @@ def main() -> None:
     for folder in folders:
         before = resident_bytes()
         plan = {"tp_plan": "auto"} if os.environ["WORLD_SIZE"] != "1" else {}
-        model = AutoModelForCausalLM.from_pretrained(folder, **plan).eval()
+        with mapped_pages_released(folder):
+            model = AutoModelForCausalLM.from_pretrained(folder, **plan).eval()
         tokens = random_tokens(model.config)
         with torch.no_grad():
             logits = model(tokens).logits
