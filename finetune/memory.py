@@ -317,10 +317,18 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
 
 
-def trace(recipe: Recipe, config: LlamaReproConfig, *, device: Device = "cuda", accumulates: bool = True) -> Trace:
+def trace(
+    recipe: Recipe,
+    config: LlamaReproConfig,
+    *,
+    device: Device = "cuda",
+    accumulates: bool = True,
+    skip_logits: bool = True,
+) -> Trace:
     """The recipe's training on batches of micro_batch_size x max_length tokens that all have a label.
 
     `accumulates`: an optimizer step has several forward passes, so that gradients are there during the later ones.
+    `skip_logits`: the logits of all tokens are never in memory at once.
     """
     quiet()
     record = StorageRecord("meta", config.vocab_size, WORKSPACE[device])
@@ -338,7 +346,7 @@ def trace(recipe: Recipe, config: LlamaReproConfig, *, device: Device = "cuda", 
                 record.tag("adapter")
             if device == "cpu":
                 use_cpu_kernels(model)
-            train(model.train(), recipe, record, device=device, accumulates=accumulates)
+            train(model.train(), recipe, record, device=device, accumulates=accumulates, skip_logits=skip_logits)
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         return Trace(record.read(), _num_parameters(config), num_trained)
     finally:
@@ -346,7 +354,15 @@ def trace(recipe: Recipe, config: LlamaReproConfig, *, device: Device = "cuda", 
             gc.enable()
 
 
-def train(model: Any, recipe: Recipe, record: StorageRecord, *, device: Device, accumulates: bool) -> None:
+def train(
+    model: Any,
+    recipe: Recipe,
+    record: StorageRecord,
+    *,
+    device: Device,
+    accumulates: bool,
+    skip_logits: bool = True,
+) -> None:
     """Two forward and backward passes with an optimizer step after each, as the Trainer does them.
 
     Where gradients accumulate, the second pass meets those of the first, as well as the optimizer's moments.
@@ -363,7 +379,7 @@ def train(model: Any, recipe: Recipe, record: StorageRecord, *, device: Device, 
     for _ in range(2):
         record.phases.append("forward pass")
         with torch.autocast("cpu", dtype, enabled=autocast):
-            loss = model(**batch, use_cache=False, skip_logits=True).loss
+            loss = model(**batch, use_cache=False, skip_logits=skip_logits).loss
         record.phases.append("backward pass")
         loss.backward()
         del loss

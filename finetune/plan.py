@@ -167,7 +167,8 @@ def plan(
         raise InputError(
             f"max_length={recipe.max_length} is more than the base's context of {config.max_position_embeddings} tokens"
         )
-    traced = trace(recipe, config, device=device, accumulates=recipe.accumulation(num_processes) > 1)
+    accumulates = recipe.accumulation(num_processes) > 1
+    traced = trace(recipe, config, device=device, accumulates=accumulates, skip_logits=not fsdp)
     memory = traced.memory
     if fsdp:
         if recipe.quantization != "none":

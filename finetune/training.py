@@ -17,7 +17,7 @@ from hf_llama_repro.metrics import add_metrics, begin_metrics
 
 from .encoding import IGNORED, Example
 from .guards import TrainingStoppedError, Watch
-from .processes import gather_trained, let_fsdp_run_on_cpu, uses_fsdp
+from .processes import divides_weights, gather_trained, let_fsdp_run_on_cpu, uses_fsdp
 from .recipe import Recipe
 
 METRICS = "metrics.jsonl"
@@ -172,7 +172,8 @@ class FinetuneTrainer(Trainer):
         return sampler
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        return super().compute_loss(model, {**inputs, "use_cache": False, "skip_logits": True}, *args, **kwargs)
+        inputs = {**inputs, "use_cache": False, "skip_logits": skips_logits()}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -244,6 +245,15 @@ class FinetuneTrainer(Trainer):
             self.accelerator.wait_for_everyone()
 
 
+def skips_logits() -> bool:
+    """Whether the loss is taken without all logits in memory, by the output matrix on some rows after others.
+
+    Not where the model is divided: the processes put the matrix together for each time that it is applied, and those
+    with more supervised tokens would wait for the others for ever.
+    """
+    return not divides_weights()
+
+
 @torch.no_grad()
 def held_out_loss(model: Any, examples: list[Example], rows: int, device: torch.device) -> float:
     """Mean cross-entropy per supervised token; NaN where there are no records.
@@ -261,7 +271,7 @@ def held_out_loss(model: Any, examples: list[Example], rows: int, device: torch.
     batches += [[NOTHING]] * (-len(batches) % processes)
     for examples_of_one in batches[index::processes]:
         batch = {name: tensor.to(device) for name, tensor in collate(examples_of_one).items()}
-        total += model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss.item()
+        total += model(**batch, use_cache=False, skip_logits=skips_logits(), num_items_in_batch=1).loss.item()
         count += int((batch["labels"][:, 1:] != IGNORED).sum())
     model.train(was_training)
     if several:

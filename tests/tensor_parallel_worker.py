@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import hf_llama_repro
+from hf_llama_repro.mapped_pages import mapped_pages_released
 
 NEW_TOKENS = 12
 
@@ -24,21 +25,23 @@ def held_bytes(model: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 
-def private_bytes() -> int:
-    """Memory of this process that no file stands behind."""
+def resident_bytes() -> int:
+    """Memory of this process, pages of mapped files among it."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+    return 1024 * int(status.partition("VmRSS:")[2].split()[0])
 
 
 def main() -> None:
     results, *folders = map(Path, sys.argv[1:])
     for folder in folders:
-        before = private_bytes()
-        model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
-        grown = private_bytes() - before
+        before = resident_bytes()
+        plan = {"tp_plan": "auto"} if os.environ["WORLD_SIZE"] != "1" else {}
+        with mapped_pages_released(folder):
+            model = AutoModelForCausalLM.from_pretrained(folder, **plan).eval()
         tokens = random_tokens(model.config)
         with torch.no_grad():
             logits = model(tokens).logits
+        grown = resident_bytes() - before  # every weight has been read by then
         generated = model.generate(tokens[:, :16], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         found = {"logits": logits, "generated": generated, "held": held_bytes(model), "grown": grown}
         try:
@@ -47,7 +50,8 @@ def main() -> None:
             found["refused"] = str(error)
         torch.save(found, results / f"{folder.name}-{os.environ['RANK']}.pt")
         del model
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

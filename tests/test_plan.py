@@ -372,7 +372,7 @@ def test_fsdp_divides_what_is_kept_and_puts_layers_together():
     for processes, planned in parts.items():
         for name in ("weights", "gradients", "optimizer"):
             assert planned.memory.largest[name] == pytest.approx(one.memory.largest[name] / processes, rel=0.01)
-        assert planned.memory.largest["activations"] == one.memory.largest["activations"]
+        assert planned.memory.largest["logits"] > one.memory.largest["logits"] * 0.99  # all at once
         assert planned.peak < one.peak
     assert "of one of 4 cards" in "\n".join(parts[4].lines())
     with pytest.raises(InputError, match="cannot be divided by FSDP"):

@@ -103,5 +103,5 @@ def test_memory_of_a_process_is_half_in_a_model_of_a_gigabyte(tmp_path):
         result = torchrun(tmp_path / str(processes), folder, processes=processes)
         assert result.returncode == 0, result.stderr[-3000:]
         grown[processes] = torch.load(tmp_path / str(processes) / "large-0.pt")["grown"]
-    print(f"private memory of a process: {grown[1] / 1e9:.2f} GB of one, {grown[2] / 1e9:.2f} GB of two")
-    assert 0.45 < grown[2] / grown[1] < 0.6
+    print(f"memory of a process: {grown[1] / 1e9:.2f} GB of one, {grown[2] / 1e9:.2f} GB of two")
+    assert 0.45 < grown[2] / grown[1] < 0.65
