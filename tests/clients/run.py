@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -95,14 +96,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.clients) - set(CLIENTS):
         parser.error(f"there is no client {', '.join(sorted(unknown))}: choose of {', '.join(CLIENTS)}")
-    scratch = ROOT / ".cache" / "clients"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="clients-", dir=ROOT / ".cache"))
     rows, missing = run(arguments.clients or list(CLIENTS), Material(scratch, arguments.environments.resolve()))
     print("\n" + table(rows))
     for line in missing:
         print(f"not run: {line}", file=sys.stderr)
-    return 1 if not all(row.passed for row in rows) else 2 if missing else 0
+    if not all(row.passed for row in rows):
+        print(f"what the clients were given and what they wrote is left in {scratch}", file=sys.stderr)
+        return 1
+    shutil.rmtree(scratch)
+    return 2 if missing else 0
 
 
 if __name__ == "__main__":
