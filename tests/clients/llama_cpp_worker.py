@@ -20,8 +20,8 @@ def main() -> None:
     model = llama_cpp.Llama(
         sys.argv[1],
         n_ctx=CONTEXT,
-        n_threads=2,
-        n_threads_batch=2,
+        n_threads=1,  # more wait spinning for each other where anything else runs
+        n_threads_batch=1,
         logits_all=True,
         type_k=llama_cpp.GGML_TYPE_F32,
         type_v=llama_cpp.GGML_TYPE_F32,
