@@ -1,4 +1,4 @@
-"""llama.cpp in a process of its own environment, for `llama_cpp_check.py`: one GGUF file, JSON lines in, JSON lines out.
+"""llama.cpp in a process of its own environment, for `llama_cpp_check.py`: one GGUF file, JSON lines in and out.
 
 PEERS_PYTHON tests/clients/llama_cpp_worker.py MODEL.gguf
 """
