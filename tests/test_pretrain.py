@@ -311,10 +311,20 @@ BAD_INPUT = {
     "model": (lambda content: content.update(model={"paper": "llama-30b"}), "no model named 'llama-30b'"),
     "model's key": (lambda content: content["model"].update(hidden=3), "model: unknown key 'hidden'"),
     "model's shape": (lambda content: content["model"].pop("hidden_size"), "nor hidden_size: add them"),
+    "model's nesting": (lambda content: content["model"].update(hidden_size=[[1]]), "model: hidden_size must be one"),
     "model's heads": (lambda content: content["model"].update(num_attention_heads=5), "model: "),
     "sharding alone": (lambda content: content.update(sharding="fsdp2"), "needs several processes"),
 }
-KEEPS_DATA = ("context", "batch", "model", "model's key", "model's shape", "model's heads", "sharding alone")
+KEEPS_DATA = (
+    "context",
+    "batch",
+    "model",
+    "model's key",
+    "model's shape",
+    "model's nesting",
+    "model's heads",
+    "sharding alone",
+)
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
