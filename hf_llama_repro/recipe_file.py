@@ -53,12 +53,16 @@ def load(cls: type[R], path: str | Path, folder: Path, overrides: dict[str, Any]
     return make(cls, {**_from_folder(content, file.parent), **(overrides or {})}, where=str(file))
 
 
-def _from_folder(value: Any, folder: Path) -> Any:
+# Key, list of mappings, mapping, list of names: deeper there are no paths, and aliases may multiply without end.
+_DEEPEST = 4
+
+
+def _from_folder(value: Any, folder: Path, depth: int = 0) -> Any:
     """`value` with the texts in it that begin with "./" as paths from `folder`."""
-    if isinstance(value, dict):
-        return {name: _from_folder(part, folder) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_from_folder(part, folder) for part in value]
+    if isinstance(value, dict | list) and depth < _DEEPEST:
+        if isinstance(value, list):
+            return [_from_folder(part, folder, depth + 1) for part in value]
+        return {name: _from_folder(part, folder, depth + 1) for name, part in value.items()}
     return os.path.normpath(folder / value) if isinstance(value, str) and value.startswith("./") else value
 
 

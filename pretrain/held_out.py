@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from .prepared import Tokens
 from .recipe import Recipe
@@ -47,9 +48,11 @@ def next_token_loss(model: Any, inputs: torch.Tensor, targets: torch.Tensor, **o
 
     `num_items_in_batch=1` makes it their sum.
     """
-    return model(
-        input_ids=inputs, labels=targets, shift_labels=targets, skip_logits=True, use_cache=False, **options
-    ).loss
+    # The loss without logits takes gradients in its forward pass: of no use where none are wanted, and under FSDP2 each
+    # process would exchange weights as often as it has blocks of rows.
+    skip_logits = torch.is_grad_enabled() and not isinstance(model, FSDPModule)
+    options = {"skip_logits": skip_logits, "use_cache": False, **options}
+    return model(input_ids=inputs, labels=targets, shift_labels=targets, **options).loss
 
 
 @torch.no_grad()

@@ -35,6 +35,10 @@ def model_config(recipe: Recipe, vocab_size: int) -> LlamaReproConfig:
     known = list(LlamaReproConfig.__annotations__)
     if unknown := sorted(set(map(str, fields)) - set(known)):
         raise InputError(f"model: unknown key {unknown[0]!r}; there are paper, {', '.join(known)}")
+    for name, value in fields.items():
+        parts = list(value.values()) if isinstance(value, dict) else [value]
+        if any(isinstance(part, dict | list) for part in parts):
+            raise InputError(f"model: {name} must be one value, or for rope_parameters names with one value each")
     if paper is None and (missing := [name for name in _SHAPE if name not in fields]):
         raise InputError(f"model names neither a paper's size (paper: llama-7b) nor {', '.join(missing)}: add them")
     given = {"dtype": "float32", **fields, "vocab_size": vocab_size, "max_position_embeddings": recipe.context_length}
@@ -89,7 +93,7 @@ def peak_flops(device: "torch.device", dtype: "torch.dtype") -> float:
     size = 1024
     matrix = torch.randn(size, size, device=device).to(dtype)
     best = math.inf
-    for _ in range(8):
+    for _ in range(40):  # half a second: other programs may run meanwhile
         begin = time.perf_counter()
         matrix @ matrix
         best = min(best, time.perf_counter() - begin)

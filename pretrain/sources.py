@@ -4,6 +4,7 @@ import glob
 import gzip
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def _rows(source: Source) -> Iterator[str]:
         raise InputError(
             f"source {source.name}: format={source.format} needs `datasets`: pip install 'hf-llama-repro[pretrain]'"
         ) from None
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs is raised as well
     if source.format == "parquet":
         what: Any = {"path": "parquet", "data_files": [str(path) for path in files(source)]}
     else:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
@@ -56,8 +57,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate shards on cards only; PyTorch does it on any device, so that a run can be tried without cards.
         accelerator.state.fsdp_plugin = plugin
-        accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
-        accelerator.state.distributed_type = DistributedType.FSDP
+        for state in (PartialState, AcceleratorState):  # the second takes over what the first says, again and again
+            state._shared_state["distributed_type"] = DistributedType.FSDP
         if precision != "no":
             plugin.set_mixed_precision(precision)
     elif plugin is not None and accelerator.distributed_type != DistributedType.FSDP:

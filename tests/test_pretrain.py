@@ -162,16 +162,27 @@ def test_parts_of_a_step_and_checkpointing_change_nothing_but_rounding(changes, 
         assert rate == expected[2]
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
-def test_two_processes_give_the_losses_of_one(sharding, finished, tmp_path):
-    recipe = replace(finished, output_dir=str(tmp_path / "run"), sharding=sharding, micro_batch_size=2)
+def run_on_two(recipe: Recipe, *arguments: str) -> str:
+    """The command on two real processes, gloo; what it printed."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, *command(recipe)[1:]], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300
+        [*launch, *command(recipe, *arguments)[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 process(es)" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_two_processes_give_the_losses_of_one(sharding, finished, tmp_path):
+    recipe = replace(finished, output_dir=str(tmp_path / "run"), sharding=sharding, micro_batch_size=2)
+    run_on_two(recipe)
     found, expected = steps(recipe.output_dir), steps(finished.output_dir)
     assert found.keys() == expected.keys()
     for step in found:
@@ -181,6 +192,13 @@ def test_two_processes_give_the_losses_of_one(sharding, finished, tmp_path):
     one, two = weights(finished.output_dir), weights(recipe.output_dir)
     assert one.keys() == two.keys()
     assert all(torch.allclose(one[name], two[name], atol=1e-2) for name in one)
+    is_sharded = (Path(recipe.output_dir) / "checkpoint-4" / "pytorch_model_fsdp_0").is_dir()
+    assert is_sharded == (sharding == "fsdp2")
+    if is_sharded:  # and is resumed by as many
+        for name in ("checkpoint-8", "checkpoint-12", "model"):
+            shutil.rmtree(Path(recipe.output_dir) / name)
+        assert "checkpoint-4" in run_on_two(recipe, "--resume")
+        assert steps(recipe.output_dir) == found
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(pretrain_recipe):
@@ -293,10 +311,20 @@ BAD_INPUT = {
     "model": (lambda content: content.update(model={"paper": "llama-30b"}), "no model named 'llama-30b'"),
     "model's key": (lambda content: content["model"].update(hidden=3), "model: unknown key 'hidden'"),
     "model's shape": (lambda content: content["model"].pop("hidden_size"), "nor hidden_size: add them"),
+    "model's nesting": (lambda content: content["model"].update(hidden_size=[[1]]), "model: hidden_size must be one"),
     "model's heads": (lambda content: content["model"].update(num_attention_heads=5), "model: "),
     "sharding alone": (lambda content: content.update(sharding="fsdp2"), "needs several processes"),
 }
-KEEPS_DATA = ("context", "batch", "model", "model's key", "model's shape", "model's heads", "sharding alone")
+KEEPS_DATA = (
+    "context",
+    "batch",
+    "model",
+    "model's key",
+    "model's shape",
+    "model's nesting",
+    "model's heads",
+    "sharding alone",
+)
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
