@@ -23,8 +23,16 @@ test: lint type unit  ## lint, types and tests: what CI runs
 test-long: $(INSTALLED)  ## 2,000 damaged files of each kind, and 7B in size: 32 minutes, 55 GB of disk
 	$(BIN)/python -m pytest --long $(PYTEST) tests/test_hostile_*.py tests/test_at_size.py
 
-test-scale: $(INSTALLED)  ## training by two processes (DDP, FSDP2), slices of a gigabyte, examples: 15 minutes
+test-scale: $(INSTALLED) .venv-torchao/.installed  ## training by two processes (DDP, FSDP2), slices of a gigabyte, examples: 15 minutes
+	.venv-torchao/bin/python -m pytest $(PYTEST) tests/test_examples.py
 	$(BIN)/python -m pytest --long $(PYTEST) tests/test_processes.py tests/test_tensor_parallel.py tests/test_examples.py
+
+# torchao prints at its import, which every program that imports transformers would do: it has a place of its own.
+.venv-torchao/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-torchao
+	.venv-torchao/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable ".[gguf,train]" hypothesis pytest torchao
+	touch $@
 
 test-oldest: .venv-oldest/.installed  ## the tests with the oldest transformers that pyproject.toml allows
 	.venv-oldest/bin/python -m pytest $(PYTEST)
@@ -99,4 +107,4 @@ build: $(INSTALLED)  ## wheel and sdist in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove what was built and converted, not the downloads
-	rm -rf .venv .venv-oldest .venv-peers .venv-vllm .venv-eval build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-peers .venv-vllm .venv-eval .venv-torchao build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache

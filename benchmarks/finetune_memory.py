@@ -1,21 +1,24 @@
-"""What finetune/plan.py says beside the resident memory of real training steps, on a CPU.
+"""What finetune/plan.py says beside the memory of real training steps: resident on a CPU, allocated on a CUDA device.
 
-    python benchmarks/finetune_memory.py
+    python benchmarks/finetune_memory.py                    # on the device there is
+    python benchmarks/finetune_memory.py --base FOLDER      # a converted model in place of SmolLM2-135M's shape
 
 Each setting runs in a process of its own: two training steps on a random model of SmolLM2-135M's shape (memory does not
-depend on the weights). Measured: the peak of the resident memory less what was resident before the model was loaded.
-glibc is told to give freed memory back at once; oneDNN's scratch is in the measurement and not in the plan.
-The plan is for a CPU here: smaller blocks of logits, and bitsandbytes' way of int8 there (the weights are dequantized
-to the compute dtype for each product; on CUDA the inputs are quantized, and int32 results are in between). nf4 is not
-among the settings: on a CPU a step takes many minutes.
+depend on the weights). Measured: the peak less what was there before the model was loaded. The plan is for the device.
+On a CPU glibc is told to give freed memory back at once; oneDNN's scratch is in the measurement and not in the plan.
+There the blocks of logits are smaller, and int8 is bitsandbytes' way for CPUs (the weights are dequantized to the
+compute dtype for each product; on CUDA the inputs are quantized, and int32 results are in between). nf4 is measured on
+CUDA only: on a CPU a step takes many minutes.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
     },
 }
+ON_CUDA: dict[str, dict[str, Any]] = {
+    "LoRA, nf4, 4 x 512, checkpointing": {**SETTINGS["LoRA, int8, 4 x 512, checkpointing"], "quantization": "nf4"},
+    "LoRA, nf4, 4 x 512": {"micro_batch_size": 4, "max_length": 512, "quantization": "nf4"},
+}
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -63,10 +70,23 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def measure(name: str, folder: Path) -> dict[str, int]:
-    """Plan and measurement of one setting."""
-    import gc
+def meter(device: str) -> tuple[Callable[[], int], Callable[[], int]]:
+    """Functions: begins a measurement and gives the bytes in use now; gives the most since then."""
+    import torch
 
+    def begin() -> int:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
+        return resident("VmRSS")
+
+    return begin, lambda: torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+
+
+def measure(name: str, folder: Path, device: Any) -> dict[str, int]:
+    """Plan and measurement of one setting."""
     import torch
 
     from finetune.memory import StorageRecord, train
@@ -76,24 +96,25 @@ def measure(name: str, folder: Path) -> dict[str, int]:
     from finetune.recipe import Recipe
 
     quiet()
-    recipe = Recipe(base_model=str(folder), **{"dtype": "bfloat16", **SETTINGS[name]})
-    planned = plan(recipe, read_config(folder), records=None, device="cpu").peak
-    warm_up = torch.nn.Linear(256, 256, dtype=getattr(torch, recipe.dtype))
-    warm_up(torch.zeros(256, 256, dtype=getattr(torch, recipe.dtype))).sum().backward()  # threads, oneDNN
-    gc.collect()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
-    model = load_model(recipe, Compute(torch.device("cpu"), getattr(torch, recipe.dtype), "the benchmark's")).train()
+    settings = {**SETTINGS, **ON_CUDA}[name]
+    recipe = Recipe(base_model=str(folder), **{"dtype": "bfloat16", **settings})
+    planned = plan(recipe, read_config(folder), records=None, device=device).peak
+    dtype = getattr(torch, recipe.dtype)
+    warm_up = torch.nn.Linear(256, 256, dtype=dtype, device=device)
+    warm_up(torch.zeros(256, 256, dtype=dtype, device=device)).sum().backward()  # threads, oneDNN, cuBLAS
+    del warm_up
+    begin, most = meter(device)
+    before = begin()
+    model = load_model(recipe, Compute(torch.device(device), dtype, "the benchmark's")).train()
     # A weight that is a view of the file keeps all of the file's pages resident, those of quantized layers as well.
-    for parameter in model.parameters():
+    for parameter in model.parameters() if device == "cpu" else ():
         if parameter.dtype.is_floating_point:
             parameter.data = parameter.data.clone()
-    gc.collect()
-    loaded = resident("VmHWM") - before
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    loaded = most() - before
+    begin()
     # The record is not entered: it is only what `train` writes its phases to.
-    train(model, recipe, StorageRecord("cpu"), device="cpu", accumulates=True)
-    return {"planned": planned, "measured": resident("VmHWM") - before, "loading": loaded}
+    train(model, recipe, StorageRecord(device), device=device, accumulates=True)
+    return {"planned": planned, "measured": most() - before, "loading": loaded}
 
 
 def write_model(folder: Path) -> None:
@@ -106,19 +127,29 @@ def write_model(folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, metavar="FOLDER", help="a converted model (full fine-tuning is left out)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well, in bytes")
-    parser.add_argument("--one", choices=SETTINGS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=[*SETTINGS, *ON_CUDA], help=argparse.SUPPRESS)
+    parser.add_argument("--device", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.folder)))
+        print(json.dumps(measure(arguments.one, arguments.base, arguments.device)))
         return 0
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = [*SETTINGS, *(ON_CUDA if device == "cuda" else ())]
+    if arguments.base:
+        names = [name for name in names if name.startswith("LoRA")]
     figures = {}
+    print(f"on {torch.cuda.get_device_name() if device == 'cuda' else 'a CPU'}", end="\n\n")
     print("| setting | planned, GB | measured, GB | measured / planned |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder))
-        for name in SETTINGS:
-            command = [sys.executable, __file__, "--one", name, "--folder", folder]
+    with tempfile.TemporaryDirectory() as made:
+        folder = arguments.base or Path(made)
+        if not arguments.base:
+            write_model(folder)
+        for name in names:
+            command = [sys.executable, __file__, "--one", name, "--base", str(folder), "--device", device]
             run = subprocess.run(
                 command, env={**os.environ, **GIVE_BACK}, stdout=subprocess.PIPE, text=True, check=True
             )

@@ -376,9 +376,10 @@ def train(
     labels = tokens.clone()
     record.tag("activations", iter((tokens, labels)))
     batch = {"input_ids": tokens, "labels": labels, "num_items_in_batch": labels.numel()}
+    where = "cuda" if tokens.is_cuda else "cpu"  # meta tensors take the CPU's: see _OnDevice
     for _ in range(2):
         record.phases.append("forward pass")
-        with torch.autocast("cpu", dtype, enabled=autocast):
+        with torch.autocast(where, dtype, enabled=autocast):
             loss = model(**batch, use_cache=False, skip_logits=skip_logits).loss
         record.phases.append("backward pass")
         loss.backward()

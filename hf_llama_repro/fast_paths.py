@@ -59,8 +59,11 @@ class FewTokensLinear(nn.Linear):
 
 
 def begin(model: nn.Module, cache: Cache | None) -> None:
-    """What a pass begins with, in inference: the cache gets room, and the linear layers their fast path."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """What a pass begins with, in inference on a CPU: the cache gets room, and the linear layers their fast path.
+
+    On CUDA room costs more memory than copies cost time, and a look at each layer's tensors costs launches.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or next(model.parameters()).device.type != "cpu":
         return
     give_room(cache)
     if "_has_fast_linears" not in model.__dict__:

@@ -63,7 +63,8 @@ def packages() -> tuple[Section, Section]:
             text = f"{version}: outside of {wanted}; pip install '{requirement.name}{wanted}'"
         else:
             text = version
-        (optional if extra else needed)[requirement.name] = text
+        if requirement.name not in needed:
+            (optional if extra else needed).setdefault(requirement.name, text)
     for name, purpose in OTHERS.items():
         optional.setdefault(name, installed_version(name) or f"not installed: pip install {name} ({purpose})")
     return needed, optional

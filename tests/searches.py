@@ -50,7 +50,7 @@ ENTRIES = st.one_of(
     st.fixed_dictionaries({"more": JSON_VALUES}),
 )
 
-LEAST = 3
+LEAST = 2
 """Cases that must be refused, and that must be converted, lest a search look at one kind only."""
 
 

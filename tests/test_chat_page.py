@@ -54,6 +54,11 @@ def expected(assistant, *turns, tokens, side=0):
     return answer.text
 
 
+def shown(answer):
+    """What the browser makes of an answer: a tab is the spaces up to the next eighth column."""
+    return answer.expandtabs().strip()
+
+
 def grows(read):
     """Whether what `read` gives becomes longer, twice; what it gave."""
     texts = [until(read)]
@@ -115,7 +120,7 @@ def test_a_conversation(browser, pages, chatty, adapter):
     tab.ask("hello")
     until(lambda: "24 tokens" in tab.message() and tab.is_done())
     first = Turn("hello", "", expected(assistant, Turn("hello", "", ""), tokens=24))
-    assert tab.said() == ["hello", first.response.strip()]
+    assert tab.said() == ["hello", shown(first.response)]
 
     tab.click("compare")
     until(lambda: tab.said(1) == tab.said(0))  # it begins with what was said so far
@@ -123,7 +128,7 @@ def test_a_conversation(browser, pages, chatty, adapter):
     until(lambda: "base: 24 tokens" in tab.message() and tab.is_done())
     for side in (0, 1):
         answer = expected(assistant, first, Turn("been", "", ""), tokens=24, side=side)
-        assert tab.said(side) == ["hello", first.response.strip(), "been", answer.strip()]
+        assert tab.said(side) == ["hello", shown(first.response), "been", shown(answer)]
     assert tab.said(0) != tab.said(1)
     tab.ask("a </s> b")
     assert "spells the control token </s>" in until(lambda: "control" in tab.message() and tab.message())

@@ -13,7 +13,7 @@ from finetune_runs import adapter
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples import offload, peft_adapters, qlora, torchao_weight_only
+from examples import offload, peft_adapters, qlora
 from hf_llama_repro import LlamaReproForCausalLM, optimize
 from hf_llama_repro.errors import InputError
 
@@ -90,7 +90,9 @@ def test_an_adapter_is_opened_with_its_base_and_merged(tmp_path):
 
 
 def test_torchao_quantizes_the_weights_of_linear_layers(tiny_base):
-    pytest.importorskip("torchao", reason="pip install torchao")
+    pytest.importorskip("torchao", reason="torchao is not installed: make test-scale")
+    from examples import torchao_weight_only
+
     whole = AutoModelForCausalLM.from_pretrained(tiny_base)
     model = torchao_weight_only.load(tiny_base, torch.float32)
     unrounded = probe(whole)
@@ -118,7 +120,8 @@ def test_a_model_that_does_not_fit_lies_on_the_disk(tiny_base, tmp_path):
     places = set(model.hf_device_map.values())
     assert places == {"cpu", "disk"}
     assert any(parameter.is_meta for parameter in model.parameters())  # nothing of them is in memory
-    assert torch.equal(probe(model), probe(whole))
+    # accelerate's hooks hide the layers from the fast path, which rounds in another order.
+    torch.testing.assert_close(probe(model), probe(whole), rtol=0, atol=1e-5)
     tokens = torch.arange(20)[None] + 5
     assert torch.equal(*(m.generate(tokens, max_new_tokens=8, do_sample=False) for m in (model, whole)))
 

@@ -253,7 +253,7 @@ def test_equal_losses_of_fewer_steps_are_in_order():
 def test_the_watches_are_part_of_every_run(recipe):
     model, data = loaded(recipe)
     compute = choose_compute(recipe, CPU)
-    trainer = command._trainer(recipe, data, model, PartialState(), compute)
+    trainer = command._trainer(recipe, data, model, PartialState(), compute, begins=True)
     assert any(isinstance(callback, GradientWatch) for callback in trainer.callback_handler.callbacks)
 
 

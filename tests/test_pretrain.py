@@ -37,10 +37,13 @@ TWO_PROCESSES = 1e-4
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps one state for a process; each run here is a process's first."""
+    """accelerate keeps one state for a process, partly in its environment; each run here is a process's first."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    before = dict(os.environ)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    for name in {name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))} - before.keys():
+        del os.environ[name]
 
 
 @pytest.fixture(scope="module")

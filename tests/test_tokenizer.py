@@ -213,7 +213,7 @@ def test_opening_the_folder_imports_neither_sentencepiece_nor_protobuf_nor_us(fo
         find_spec = importlib.machinery.PathFinder.find_spec
         def find_others(name, path=None, target=None):
             return None if name.startswith(BLOCKED) else find_spec(name, path, target)
-        importlib.machinery.PathFinder.find_spec = find_others
+        importlib.machinery.PathFinder.find_spec = staticmethod(find_others)
         from transformers import AutoTokenizer
         ids = AutoTokenizer.from_pretrained(sys.argv[1])("  hello\\n").input_ids
         print(json.dumps([ids, [name for name in sys.modules if name.startswith(BLOCKED)]]))
