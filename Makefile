@@ -25,7 +25,7 @@ test-long: $(INSTALLED)  ## 2,000 damaged files of each kind, and 7B in size: 32
 
 test-scale: $(INSTALLED) .venv-torchao/.installed  ## training by two processes (DDP, FSDP2), slices of a gigabyte, examples: 15 minutes
 	.venv-torchao/bin/python -m pytest $(PYTEST) tests/test_examples.py
-	$(BIN)/python -m pytest --long $(PYTEST) tests/test_processes.py tests/test_tensor_parallel.py tests/test_examples.py
+	$(BIN)/python -m pytest --long $(PYTEST) tests/test_processes.py tests/test_tensor_parallel.py tests/test_examples.py tests/test_pretrain.py
 
 # torchao prints at its import, which every program that imports transformers would do: it has a place of its own.
 .venv-torchao/.installed: pyproject.toml constraints.txt
@@ -77,7 +77,7 @@ bench-inference: $(INSTALLED) .venv-peers/.installed  ## decoding and prefill be
 	touch $@
 
 # Real clients, each with its own versions: vLLM wants an older transformers, and the rest must not change .venv.
-test-clients: $(INSTALLED) .venv-vllm/.installed .venv-eval/.installed .venv-peers/.installed  ## vLLM, lm-eval, transformers serve, llama.cpp (CLIENTS="vllm ...")
+test-clients: $(INSTALLED) .venv-vllm/.installed .venv-eval/.installed .venv-peers/.installed  ## vLLM, lm-eval, transformers serve, llama.cpp, DDP, FSDP2, tensor parallel (CLIENTS="vllm ...")
 	$(BIN)/python -m tests.clients.run $(CLIENTS)
 
 # torchvision, torchaudio and torchcodec come along and do not import beside a CPU's torch; no text model needs them.

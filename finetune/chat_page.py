@@ -15,13 +15,14 @@ from hf_llama_repro.errors import InputError
 
 from .assistant import Assistant, make_assistant
 from .decoding import Answer, Sampling
-from .page_guard import guards, is_local
 from .template import Turn
 
 # Read when gradio is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 try:
     import gradio as gr
+
+    from .page_guard import guards, is_local  # of starlette, which gradio brings
 except ImportError as error:
     raise InputError(
         f"the page needs gradio ({error}): pip install 'hf-llama-repro[chat]'; or talk in the terminal: --terminal"

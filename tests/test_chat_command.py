@@ -167,8 +167,9 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(instructed, capsys, mo
 
 
 def test_without_gradio_the_page_says_what_to_install_and_the_terminal_works(instructed):
-    """In processes in which gradio cannot be imported."""
-    blocked = "import sys; sys.modules['gradio'] = None; from finetune.chat import main; sys.exit(main(sys.argv[1:]))"
+    """In processes in which neither gradio nor what it brings can be imported."""
+    missing = "sys.modules |= {'gradio': None, 'starlette': None}"
+    blocked = f"import sys; {missing}; from finetune.chat import main; sys.exit(main(sys.argv[1:]))"
 
     def run(*arguments, text=""):
         command = [sys.executable, "-c", blocked, str(instructed), *arguments]

@@ -182,7 +182,7 @@ def run_on_two(recipe: Recipe, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+@pytest.mark.parametrize("sharding", ["none", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_give_the_losses_of_one(sharding, finished, tmp_path):
     recipe = replace(finished, output_dir=str(tmp_path / "run"), sharding=sharding, micro_batch_size=2)
     run_on_two(recipe)

@@ -23,7 +23,7 @@ from packaging.specifiers import SpecifierSet
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from tests.clients import llama_cpp_check, lm_evaluation, transformers_serve, vllm_server
+from tests.clients import llama_cpp_check, lm_evaluation, processes, transformers_serve, vllm_server
 from tests.clients.material import ROOT, Material
 from tests.clients.rows import Row, table
 
@@ -46,6 +46,9 @@ CLIENTS = {
     "llama.cpp": Client(llama_cpp_check.check, ".venv-peers", "llama-cpp-python", ">=0.3.36,<0.4"),
     "lm-eval": Client(lm_evaluation.check, ".venv-eval", "lm_eval", ">=0.4.13,<0.5"),
     "transformers-serve": Client(transformers_serve.check, ".venv-eval", "transformers", ">=5.16,<6"),
+    "ddp": Client(processes.ddp, ".venv", "accelerate", ">=1.1"),
+    "fsdp2": Client(processes.fsdp2, ".venv", "accelerate", ">=1.1"),
+    "tensor-parallel": Client(processes.tensor_parallel, ".venv", "transformers", ">=5.16,<6"),
 }
 
 
