@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.run_folder import RECIPE_FILE, open_run
 
 from .quiet import quiet
-from .recipe import Recipe, add_recipe_flags, as_yaml, load_recipe, overrides
+from .recipe import Recipe, add_recipe_flags, load_recipe, overrides
 
 # torch and transformers are imported where they are used, so that --help answers at once.
 if TYPE_CHECKING:
     from .encoding import Encoder, Example
     from .template import Template
 
-RECIPE_FILE = "recipe.yaml"
 # Fields that may differ between a run and its continuation: they change nothing of what is computed.
 FREE_FIELDS = ("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "strict")
 
@@ -113,7 +113,9 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     say: Callable[..., None] = print if state.is_main_process else (lambda *_, **__: None)
     data = prepare_data(recipe)
     say("\n".join(data.lines), flush=True)
-    checkpoint = _open_output(recipe, resume=resume, say=say, is_main=state.is_main_process)
+    checkpoint = open_run(
+        recipe, load=load_recipe, free_fields=FREE_FIELDS, resume=resume, say=say, is_main=state.is_main_process
+    )
     state.wait_for_everyone()
     _check_shared(recipe)
     compute = choose_compute(recipe, state.device)
@@ -149,51 +151,12 @@ def _check_reporting(recipe: Recipe) -> None:
         raise InputError(f"report_to names {', '.join(missing)}, which is not installed: pip install {missing[0]}")
 
 
-def _open_output(recipe: Recipe, *, resume: bool, say: Any, is_main: bool) -> Path | None:
-    """Makes the run's folder, or finds the checkpoint to go on from."""
-    from hf_llama_repro.checkpoints import checkpoints, newest_whole
-
-    output_dir = Path(recipe.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        # Without a checkpoint there is nothing to lose: a run that was stopped before the first may be begun anew.
-        begun = bool(checkpoints(output_dir)) and (output_dir / RECIPE_FILE).is_file()
-        if resume and begun:
-            _check_same(recipe, load_recipe(output_dir / RECIPE_FILE))
-            checkpoint, warnings = newest_whole(output_dir)
-            say(*(f"WARNING     {warning}" for warning in warnings), sep="\n", end="\n" if warnings else "")
-            say(f"resume      {checkpoint or 'no checkpoint is whole: starts from the beginning'}")
-            return checkpoint
-        if begun or (output_dir / "adapter").exists() or (output_dir / "model").exists():
-            raise InputError(f"{output_dir} holds a run: go on with it by --resume, or choose another output_dir")
-        if is_main:
-            (output_dir / RECIPE_FILE).write_text(as_yaml(recipe), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"output_dir={output_dir} cannot be written: {error}") from None
-    return None
-
-
 def _check_shared(recipe: Recipe) -> None:
     """Raises `InputError` on a machine that does not see what the main process wrote."""
     if not (Path(recipe.output_dir) / RECIPE_FILE).is_file():
         raise InputError(
             f"output_dir={recipe.output_dir} is not the same folder on every machine: every process writes its part of "
             "a checkpoint there; choose one on a file system that all machines share"
-        )
-
-
-def _check_same(recipe: Recipe, begun: Recipe) -> None:
-    import dataclasses
-
-    differing = [
-        f"{field.name} was {getattr(begun, field.name)!r} and is {getattr(recipe, field.name)!r}"
-        for field in dataclasses.fields(Recipe)
-        if field.name not in FREE_FIELDS and getattr(begun, field.name) != getattr(recipe, field.name)
-    ]
-    if differing:
-        raise InputError(
-            f"{recipe.output_dir} was begun by another recipe ({'; '.join(differing)}): "
-            "resume with the same, or choose another output_dir"
         )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hf_llama_repro import LlamaReproConfig
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.paper import learning_rate
 
 from .prepared import token_count
 from .recipe import Recipe
@@ -76,12 +77,14 @@ def flops_per_token(config: LlamaReproConfig, context_length: int) -> float:
 
 
 def learning_rate_at(step: int, recipe: Recipe) -> float:
-    """Of the optimizer step `step`, counted from 1: a line up from 0, then a cosine down to its final part."""
-    if step <= recipe.warmup_steps:
-        return recipe.learning_rate * step / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(1, recipe.num_steps - recipe.warmup_steps)
-    floor = recipe.final_lr_ratio
-    return recipe.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2)
+    """Of the optimizer step `step`, counted from 1. A run that is shorter than its warm-up only rises."""
+    return learning_rate(
+        step,
+        peak=recipe.learning_rate,
+        total_steps=max(recipe.num_steps, recipe.warmup_steps + 1),
+        warmup_steps=recipe.warmup_steps,
+        final_fraction=recipe.final_lr_ratio,
+    )
 
 
 def peak_flops(device: "torch.device", dtype: "torch.dtype") -> float:

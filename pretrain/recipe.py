@@ -11,11 +11,10 @@ from typing import Any, Literal
 
 from hf_llama_repro import recipe_file
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.paper.formulas import SHARE_TOLERANCE
 from hf_llama_repro.recipe_file import check, setting
 
 RECIPES = Path(__file__).parent / "recipes"
-# The shares of a mixture may differ from 1 by rounding in the last figure that a person writes.
-SHARE_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)

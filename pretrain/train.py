@@ -5,7 +5,6 @@ accelerate launch --num_processes N -m pretrain.train RECIPE.yaml
 """
 
 import argparse
-import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hf_llama_repro import recipe_file
 from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.run_folder import open_run
 
 from .recipe import Recipe, add_recipe_flags, load_recipe
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .prepared import Prepared
     from .training import Run
 
-RECIPE_FILE = "recipe.yaml"
 REPORT = "report.md"
 # Keys that may differ between a run and its continuation: they change nothing of what is computed.
 FREE_FIELDS = (
@@ -48,7 +47,14 @@ def pretrain(recipe: Recipe, *, resume: bool = False, stop_after: str = "") -> P
     accelerator = make_accelerator(recipe)
     recipe.accumulation(accelerator.num_processes)
     say: Say = print if accelerator.is_main_process else (lambda *_, **__: None)
-    checkpoint = _open_output(recipe, resume=resume, say=say, is_main=accelerator.is_main_process)
+    checkpoint = open_run(
+        recipe,
+        load=load_recipe,
+        free_fields=FREE_FIELDS,
+        resume=resume,
+        say=say,
+        is_main=accelerator.is_main_process,
+    )
     prepared = _prepared(recipe, accelerator, say)
     if stop_after == "prepare":
         return recipe.data_path
@@ -71,42 +77,6 @@ def pretrain(recipe: Recipe, *, resume: bool = False, stop_after: str = "") -> P
     _report(training, target, say)
     say(f"written     {target}")
     return target
-
-
-def _open_output(recipe: Recipe, *, resume: bool, say: Say, is_main: bool) -> Path | None:
-    """Makes the run's folder, or finds the checkpoint to go on from."""
-    from hf_llama_repro.checkpoints import checkpoints, newest_whole
-
-    output_dir = Path(recipe.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        begun = bool(checkpoints(output_dir)) and (output_dir / RECIPE_FILE).is_file()
-        if resume and begun:
-            _check_same(recipe, load_recipe(output_dir / RECIPE_FILE))
-            checkpoint, warnings = newest_whole(output_dir)
-            say(*(f"WARNING     {warning}" for warning in warnings), sep="\n", end="\n" if warnings else "")
-            say(f"resume      {checkpoint or 'no checkpoint is whole: starts from the beginning'}")
-            return checkpoint
-        if begun or (output_dir / "model").exists():
-            raise InputError(f"{output_dir} holds a run: go on with it by --resume, or choose another output_dir")
-        if is_main:
-            (output_dir / RECIPE_FILE).write_text(recipe_file.as_yaml(recipe), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"output_dir={output_dir} cannot be written: {error}") from None
-    return None
-
-
-def _check_same(recipe: Recipe, begun: Recipe) -> None:
-    differing = [
-        f"{field.name} was {getattr(begun, field.name)!r} and is {getattr(recipe, field.name)!r}"
-        for field in dataclasses.fields(Recipe)
-        if field.name not in FREE_FIELDS and getattr(begun, field.name) != getattr(recipe, field.name)
-    ]
-    if differing:
-        raise InputError(
-            f"{recipe.output_dir} was begun by another recipe ({'; '.join(differing)}): "
-            "resume with the same, or choose another output_dir"
-        )
 
 
 def _prepared(recipe: Recipe, accelerator: Any, say: Say) -> "Prepared":
