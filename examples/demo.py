@@ -53,6 +53,7 @@ def bring_model(cache: Path = CACHE) -> Path:
         partial.rename(target)
     return target
 
+
 def run_command(*arguments: str | Path) -> None:
     """Runs one of the project's commands in a process of its own, and shows it."""
     print("\n$ python -m " + shlex.join(str(argument) for argument in arguments), flush=True)
