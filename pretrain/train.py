@@ -69,12 +69,12 @@ def pretrain(recipe: Recipe, *, resume: bool = False, stop_after: str = "") -> P
     )
     if checkpoint is not None:
         training.resume(checkpoint)
-    begin = time.perf_counter()
-    _train_with_bar(training)
-    say(f"trained     {time.perf_counter() - begin:.0f} s")
-    target = Path(recipe.output_dir) / "model"
-    training.save_model(target)
-    _report(training, target, say)
+    begin, target = time.perf_counter(), Path(recipe.output_dir) / "model"
+    with training.sums_in_order():
+        _train_with_bar(training)
+        say(f"trained     {time.perf_counter() - begin:.0f} s")
+        training.save_model(target)
+        _report(training, target, say)
     say(f"written     {target}")
     return target
 

@@ -4,7 +4,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,24 @@ class Run:
         self.flops = flops_per_token(self.config, recipe.context_length)
         self.peak = peak_flops(accelerator.device, choose_dtype(recipe)) * accelerator.num_processes
         self.writer: Any = None
+
+    @contextmanager
+    def sums_in_order(self) -> Iterator[None]:
+        """While a run is compiled for a CPU: threads would add to the embedding's gradients as they come, which gives
+        other last bits each time."""
+        if not self.recipe.compile or self.accelerator.device.type != "cpu":
+            yield
+            return
+        how: Any = torch.utils.deterministic
+        before = torch.are_deterministic_algorithms_enabled()
+        warned, filled = torch.is_deterministic_algorithms_warn_only_enabled(), how.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        how.fill_uninitialized_memory = False  # it is for finding errors, and costs time
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warned)
+            how.fill_uninitialized_memory = filled
 
     def next_rows(self) -> np.ndarray:
         """This process's rows of the next step, (rows, context_length + 1): every step is the same for any number."""

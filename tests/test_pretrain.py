@@ -152,6 +152,26 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(finished, tmp_pat
     assert same_bits(weights(recipe.output_dir), weights(finished.output_dir))
 
 
+def test_a_compiled_run_on_two_threads_is_the_same_every_time(text_folder, pretrain_data, tmp_path):
+    """Threads that add to one gradient meet where a token is frequent: a few tokens, many of each."""
+    found = []
+    for number in range(2):
+        recipe = tiny_pretraining(
+            text_folder,
+            tmp_path / f"run-{number}",
+            data_dir=str(pretrain_data),
+            compile=True,
+            micro_batch_size=64,
+            batch_tokens=64 * CONTEXT,
+            tokens=12 * 64 * CONTEXT,
+        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        done = subprocess.run(command(recipe), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append(steps(recipe.output_dir))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     "changes", [{"micro_batch_size": 8}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}]
 )
