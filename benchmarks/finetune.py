@@ -68,16 +68,12 @@ def split(data: Path) -> tuple[Path, Path]:
     return paths
 
 
-def alpaca_lora(folder: Path, train: Path, precision: str, limit: int) -> tuple[Any, Any, list[dict], float, int]:
-    """alpaca-lora's loop on stock Llama, transformers 5: model, tokenizer, log, seconds, supervised tokens."""
+def stock_with_adapter(folder: Path, precision: str) -> Any:
+    """Stock Llama with a new adapter, loaded as alpaca-lora loads it."""
     import torch
-    import transformers
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq, LlamaForCausalLM
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-    from finetune.template import load_template
-
-    transformers.set_seed(SEED)
     quantization = BitsAndBytesConfig(load_in_8bit=True) if precision == "int8" else None
     device_map = {"": "cpu"} if quantization else None
     model: Any = LlamaForCausalLM.from_pretrained(
@@ -96,6 +92,18 @@ def alpaca_lora(folder: Path, train: Path, precision: str, limit: int) -> tuple[
         ),
     )
     model.config.use_cache = False
+    return model
+
+
+def alpaca_lora(folder: Path, train: Path, precision: str, limit: int) -> tuple[Any, Any, list[dict], float, int]:
+    """alpaca-lora's loop on stock Llama, transformers 5: model, tokenizer, log, seconds, supervised tokens."""
+    import transformers
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq
+
+    from finetune.template import load_template
+
+    transformers.set_seed(SEED)
+    model = stock_with_adapter(folder, precision)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token_id, tokenizer.padding_side = 0, "left"
     template = load_template(SETTINGS["template"])

@@ -110,9 +110,7 @@ def convert(
         )
     max_shard_bytes = parse_size(max_shard_size)
     opened = open_source(source, context_length=context_length, chat=chat)
-    opened = replace(opened, tokenizer=(tokenizer or opened.tokenizer) if with_tokenizer else None)
-    if with_tokenizer and opened.tokenizer is None:
-        raise CheckpointError(f"no tokenizer was found with {source}: name one by --tokenizer, or say --no-tokenizer")
+    opened = replace(opened, tokenizer=_choose_tokenizer(opened, source, tokenizer) if with_tokenizer else None)
     with new_folder(
         opened,
         target,
@@ -131,6 +129,14 @@ def convert(
         made = f"Converted {made_by('hf-llama-convert')} from `{source.name}`: {opened.description}."
         (folder / "README.md").write_text(model_card(conversion, made, model_type, conversion.checks), encoding="utf-8")
     return conversion
+
+
+def _choose_tokenizer(opened: "Source", source: Path, tokenizer: Path | None) -> Path:
+    """The one that is named, else the source's own."""
+    chosen = tokenizer or opened.tokenizer
+    if chosen is None:
+        raise CheckpointError(f"no tokenizer was found with {source}: name one by --tokenizer, or say --no-tokenizer")
+    return chosen
 
 
 def _verified(source: Path, folder: Path, tokenizer: Path | None) -> tuple[str, ...]:
@@ -175,9 +181,6 @@ def new_folder(
     options = [model_type, str(dtype), max_shard_bytes, allow_nonfinite]
     request = _request(opened, options) if resumable else None
     num_bytes = num_target_bytes(opened.tensors, dtype)
-    files = dict(opened.files)
-    if opened.tokenizer is not None and opened.tokenizer.is_file():
-        files.setdefault(opened.tokenizer, None)
     with (
         whole_or_nothing(
             target,
@@ -188,7 +191,7 @@ def new_folder(
             resume=resume,
             tell=tell,
         ) as folder,
-        summed(files) as sums,
+        summed(_read_files(opened)) as sums,
     ):
         manifest = Manifest(folder, request)
         # The tokenizer first: it may be refused, and that is better known before hours of writing.
@@ -208,6 +211,14 @@ def new_folder(
         source_sums = sums.result()
         yield folder, Conversion(target, opened, config, written, tokenizer_line, dtype_line(written, config))
         manifest.complete(source_sums)
+
+
+def _read_files(opened: "Source") -> dict[Path, Any]:
+    """The source's files, and the tokenizer where it is another file."""
+    files = dict(opened.files)
+    if opened.tokenizer is not None and opened.tokenizer.is_file():
+        files.setdefault(opened.tokenizer, None)
+    return files
 
 
 def _request(opened: "Source", options: list[Any]) -> dict[str, Any]:

@@ -2,16 +2,21 @@
 
 import gzip
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sentencepiece_fixtures import corpus
 
+from hf_llama_repro import recipe_file
 from hf_llama_repro.metrics import read_metrics
 from pretrain.recipe import Recipe, Source
 
+ROOT = Path(__file__).parent.parent
 CONTEXT = 64
 
 
@@ -92,3 +97,19 @@ def steps(output_dir: str | Path) -> dict[int, tuple[float, float, float]]:
     """Step -> loss, gradient norm and learning rate."""
     lines = read_metrics(Path(output_dir) / "metrics.jsonl")
     return {line["step"]: (line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines if "loss" in line}
+
+
+def command(recipe: Recipe, *arguments: str) -> list[str]:
+    """The command that pre-trains by the recipe, which it is given as a file."""
+    path = Path(recipe.output_dir).with_suffix(".yaml")
+    path.write_text(recipe_file.as_yaml(recipe))
+    return [sys.executable, "-m", "pretrain.train", str(path), *arguments]
+
+
+def run_to_its_end(recipe: Recipe, *arguments: str, **environment: str) -> dict[int, tuple[float, float, float]]:
+    """The steps of a run in a process of its own, which ends well."""
+    done = subprocess.run(
+        command(recipe, *arguments), cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return steps(recipe.output_dir)

@@ -2,19 +2,16 @@
 
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from finetune_runs import adapter, kill_after, losses, metrics, run_command, tiny_recipe
-from pretrain_runs import steps, tiny_pretraining
+from pretrain_runs import run_to_its_end, tiny_pretraining
 from random_models import ARCHITECTURES, random_model, random_tokens, relative_difference, stock_twin, tiny_config
 from transformers import BitsAndBytesConfig
 from transformers.generation import GenerationConfig
 
-from hf_llama_repro import LlamaReproForCausalLM, optimize, recipe_file, restore
+from hf_llama_repro import LlamaReproForCausalLM, optimize, restore
 from hf_llama_repro.errors import InputError
 
 pytestmark = [
@@ -114,31 +111,21 @@ def test_a_killed_run_resumes_with_the_losses_of_one_that_was_not(tiny_base, tin
         assert losses(killed)[step] == pytest.approx(values, rel=1e-5)
 
 
-def pretrained(recipe, *arguments):
-    """The run's folder, after the command has ended well."""
-    path = Path(recipe.output_dir).with_suffix(".yaml")
-    path.write_text(recipe_file.as_yaml(recipe))
-    command = [sys.executable, "-m", "pretrain.train", str(path), *arguments]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Path(recipe.output_dir)
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 def test_pretraining_in_bf16_learns(compiled, text_folder, pretrain_data, tmp_path):
     recipe = tiny_pretraining(
         text_folder, tmp_path / "run", data_dir=str(pretrain_data), dtype="bfloat16", compile=compiled
     )
-    losses = steps(pretrained(recipe))
+    losses = run_to_its_end(recipe)
     assert losses[12][0] < losses[1][0] - 0.5
 
 
 def test_a_resumed_pretraining_is_the_uninterrupted_one(text_folder, pretrain_data, tmp_path):
     recipe = tiny_pretraining(text_folder, tmp_path / "run", data_dir=str(pretrain_data))
-    whole = steps(pretrained(recipe))
+    whole = run_to_its_end(recipe)
     for name in ("checkpoint-8", "checkpoint-12", "model"):
         shutil.rmtree(tmp_path / "run" / name)
-    resumed = steps(pretrained(recipe, "--resume"))
+    resumed = run_to_its_end(recipe, "--resume")
     assert resumed.keys() == whole.keys()
     for step, values in whole.items():
         assert resumed[step] == pytest.approx(values, rel=1e-5)

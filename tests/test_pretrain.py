@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from pretrain_runs import CONTEXT, sources, steps, tiny_pretraining
+from pretrain_runs import CONTEXT, command, run_to_its_end, sources, steps, tiny_pretraining
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,12 +68,6 @@ def rates(output_dir: str | Path) -> list[float]:
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def command(recipe: Recipe, *arguments: str) -> list[str]:
-    path = Path(recipe.output_dir).with_suffix(".yaml")
-    path.write_text(recipe_file.as_yaml(recipe))
-    return [sys.executable, "-m", "pretrain.train", str(path), *arguments]
 
 
 def test_it_learns_and_says_what_it_measured(finished):
@@ -165,10 +159,7 @@ def test_a_compiled_run_on_two_threads_is_the_same_every_time(text_folder, pretr
             batch_tokens=64 * CONTEXT,
             tokens=12 * 64 * CONTEXT,
         )
-        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-        done = subprocess.run(command(recipe), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        found.append(steps(recipe.output_dir))
+        found.append(run_to_its_end(recipe, OMP_NUM_THREADS="2"))
     assert found[0] == found[1]
 
 
