@@ -39,15 +39,29 @@ def begin() -> Any:
     import torch
     from accelerate import PartialState
 
-    # On a CPU every process would else take itself for the only one; DeepSpeed knows CPUs, but not by this setting.
+    # On a CPU every process would else take itself for the only one.
     on_cpu = forced_on_cpu() or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu and not uses_deepspeed())
+    return PartialState(cpu=on_cpu and not uses_deepspeed(), backend=backend())
+
+
+def backend() -> str | None:
+    """What the processes talk by, where accelerate does not find it: DeepSpeed's on a machine without cards."""
+    import torch
+
+    started_together = "LOCAL_RANK" in os.environ
+    return "gloo" if uses_deepspeed() and started_together and not torch.accelerator.is_available() else None
 
 
 def end(state: Any) -> None:
     """Waits for the others and lets go of the connection: a process that just leaves may take them down with it."""
+    import torch.distributed as dist
+
     if state.num_processes > 1:
-        state.wait_for_everyone()
+        # Gloo's thread drops the last barrier some time after it is over, and takes the interpreter's lock if nobody
+        # else refers to it. The main thread holds that lock while it takes the connection down, and waits for the
+        # thread: both would wait for ever (torch 2.13).
+        state.last_barrier = dist.barrier(device_ids=[state.local_process_index], async_op=True)
+        state.last_barrier.wait()
         state.destroy_process_group()
 
 

@@ -17,7 +17,7 @@ from hf_llama_repro.metrics import add_metrics, begin_metrics
 
 from .encoding import IGNORED, Example
 from .guards import TrainingStoppedError, Watch
-from .processes import divides_weights, gather_trained, let_fsdp_run_on_cpu, uses_fsdp
+from .processes import backend, divides_weights, gather_trained, let_fsdp_run_on_cpu, uses_fsdp
 from .recipe import Recipe
 
 METRICS = "metrics.jsonl"
@@ -135,6 +135,7 @@ def training_arguments(recipe: Recipe, num_processes: int, dtype: torch.dtype, *
         save_strategy="steps",
         save_steps=recipe.save_steps,
         report_to=[name for name in recipe.report_to if name != TENSORBOARD] or "none",
+        ddp_backend=backend(),
         remove_unused_columns=False,
         disable_tqdm=True,  # the command shows a bar of its own
         **others,
