@@ -126,7 +126,7 @@ def launch(recipe: Recipe, configuration: str, *arguments: str) -> subprocess.Co
     environment = {**os.environ, **ON_CPU}
     if configuration.startswith("zero"):
         del environment["ACCELERATE_USE_CPU"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=1200)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def kill_after(recipe: Recipe, step: int, how: signal.Signals, configuration: str | None = None) -> str:

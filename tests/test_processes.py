@@ -4,15 +4,31 @@ The first test is part of `make test`; the others take minutes: make test-scale.
 """
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from finetune_runs import adapter, changed, kill_after, launch, losses, metrics, run_command, same_bits, tiny_recipe
+from finetune_runs import (
+    ON_CPU,
+    ROOT,
+    adapter,
+    changed,
+    kill_after,
+    launch,
+    losses,
+    metrics,
+    run_command,
+    same_bits,
+    tiny_recipe,
+)
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -72,6 +88,22 @@ def test_two_processes_take_the_steps_of_one(alone, tmp_path):
     assert not two_processes_wrote(alone)
     close(recipe, alone)
     close_adapters(recipe, alone)
+
+
+def test_a_run_of_two_processes_always_ends(tmp_path):
+    times = 300  # of which one in some dozens waited for ever, where gloo's thread was the last to drop a barrier
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tests" / "ending_worker.py"), str(tmp_path), str(times)]
+    environment = {**os.environ, **ON_CPU, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            output, _ = process.communicate(timeout=150)
+        finally:
+            # Workers are in sessions of their own, and one that waits does not answer to the launcher's end.
+            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
+                child.kill()
+            process.kill()
+    assert output.count(f"ended {times} times") == 2
 
 
 @pytest.mark.slow
