@@ -295,8 +295,14 @@ def build(recipe: Recipe, config: LlamaReproConfig) -> nn.Module:
 
     # As in load_base: fp32 for full fine-tuning, which computes under autocast.
     dtype = torch.float32 if recipe.method == "full" else compute_dtype(recipe)
-    with torch.device("meta"):
-        model: Any = LlamaReproForCausalLM._from_config(config, dtype=dtype)
+    config.dtype, default = dtype, torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        # Not from_config, which would divide the model under ZeRO 3: all processes would have to plan.
+        with torch.device("meta"):
+            model: Any = LlamaReproForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
     settings = bits_and_bytes(recipe.quantization, dtype)
     if settings is not None:
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)

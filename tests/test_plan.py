@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import json
+import sys
 from pathlib import Path
 
 import bitsandbytes
@@ -29,7 +30,7 @@ from finetune.plan import (
     whole_at_a_time,
 )
 from finetune.recipe import Recipe
-from hf_llama_repro import LlamaReproConfig
+from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM
 from hf_llama_repro.errors import InputError
 
 GB = 10**9
@@ -144,6 +145,18 @@ def test_a_plan_leaves_nothing_of_itself_in_bitsandbytes(tiny_folder, monkeypatc
     monkeypatch.setattr("bitsandbytes.functional.name2qmap", {})
     trace(Recipe(quantization="nf4", micro_batch_size=1, max_length=8), plan_config())
     load_base(tiny_folder, dtype=torch.bfloat16, device=torch.device("cpu"), quantization="nf4")
+
+
+def test_a_plan_is_not_divided_by_zero_3(monkeypatch):
+    """Regression: the main process, which alone prints the plan, waited for the others to divide the model with it."""
+    monkeypatch.setattr("transformers.modeling_utils.is_deepspeed_zero3_enabled", lambda: True)
+    # Stands for deepspeed, which need not be there: an import of it ends in an error.
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ImportError):
+        LlamaReproForCausalLM._from_config(plan_config())
+    model = memory.build(Recipe(dtype="bfloat16"), plan_config())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
