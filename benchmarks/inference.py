@@ -36,6 +36,7 @@ from parts import parts, show_parts  # noqa: E402
 
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM, optimize, restore  # noqa: E402
 from hf_llama_repro.configuration_llama_repro import PAPER_SIZES  # noqa: E402
+from hf_llama_repro.modeling_llama_repro import CACHE  # noqa: E402
 
 NEW_TOKENS = 128
 STEPS = 10
@@ -220,9 +221,9 @@ def show(title: str, result: dict[str, dict[str, float]], tokens: int, itemsize:
 def at_context(model: PreTrainedModel, context: int, steps: int = STEPS) -> float:
     """Median seconds of a token that is decoded after `context` others."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=_tokens(model, 1, context), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=_tokens(model, 1, context), use_cache=True, logits_to_keep=1, **{CACHE: cache})
     one = _tokens(model, 1, 1)
-    step: Callable[[], Any] = lambda: model(input_ids=one, past_key_values=cache, use_cache=True)  # noqa: E731
+    step: Callable[[], Any] = lambda: model(input_ids=one, use_cache=True, **{CACHE: cache})  # noqa: E731
     return statistics.median([seconds(step) for _ in range(steps)][1:])
 
 
@@ -305,9 +306,7 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, window: int = 512, pie
     total, count = 0.0, 0
     for part in ids.split(window, dim=1):
         cache = DynamicCache(config=model.config)
-        logits = torch.cat(
-            [model(input_ids=some, past_key_values=cache).logits for some in part.split(piece, dim=1)], 1
-        )
+        logits = torch.cat([model(input_ids=some, **{CACHE: cache}).logits for some in part.split(piece, dim=1)], 1)
         loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), part[0, 1:], reduction="sum")
         total, count = total + loss.item(), count + part.shape[1] - 1
     return math.exp(total / count)

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hf_llama_repro.errors import CheckpointError, InputError
+from hf_llama_repro.modeling_llama_repro import CACHE
 
 from .template import Turn
 
@@ -147,7 +148,7 @@ class Answer:
         given = self.prompt[self._read : self._read + PROMPT_STEP] or self.tokens[-1:]
         self._read = min(self._read + PROMPT_STEP, len(self.prompt))
         ids = torch.tensor([given], device=model.device)
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1]
         if self._read < len(self.prompt) or self.end is not None:
             return
         token = self._choose(logits)

@@ -141,7 +141,7 @@ def _many_queries(
 
 def _packs_requests(query: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether this is `generate_batch` (continuous batching): the tokens of all requests, in one row."""
-    if kwargs.get("cache") is None or kwargs.get("block_table") is not None:
+    if kwargs.get("read_index") is None or kwargs.get("block_table") is not None:
         return False
     ends = kwargs.get("cu_seq_lens_q")
     return ends is not None and int(ends[-1]) == query.shape[2] and cpu_kernel.available()
@@ -156,7 +156,8 @@ def _each_request(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """Each request's queries with its own keys; SDPA multiplies all queries with all keys, and masks the others'."""
-    key, value = kwargs["cache"].update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    if kwargs.get("cache") is not None:  # before transformers 5.24 the attention function appends to it
+        key, value = kwargs["cache"].update(key, value, module.layer_idx, kwargs=kwargs)
     queries, keys = (kwargs[f"cu_seq_lens_{name}"].tolist() for name in "qk")
     outputs: list[Any] = []
     for request in range(len(queries) - 1):

@@ -38,6 +38,43 @@ from .configuration_llama_repro import AUTO_MAP, LlamaReproConfig
 # all there is where this file lies beside a checkpoint.
 FAST_PATHS: dict[str, Callable] = {}
 
+# The argument and output field of the key/value cache: `cache` from transformers 5.24 on, `past_key_values` before.
+# A forward takes either name under every version, and passes on the version's own.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"
+
+# Tensors that may arrive beside a forward's own arguments: what the loss reads, packed sequences, and what continuous
+# batching tells its attention function.
+EXTRA_TENSORS = {
+    *TransformersKwargs.__annotations__,
+    *("shift_labels", "block_table", "read_index", "write_index", "logits_indices", "logits_processor_args"),
+    *("max_seqlen_q", "max_seqlen_k"),
+}
+BUILT_IN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention", "paged|")
+
+
+def either_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """Return the cache under whichever of its two names it was given. Raises ValueError for both."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("give the key/value cache once: as `cache` or by its older name `past_key_values`")
+    return past_key_values if cache is None else cache
+
+
+def refuse_unknown(kwargs: dict, attn_implementation: str) -> None:
+    """Raise TypeError for a cache or tensors under a name that no code reads: the result would be another one.
+
+    An attention function that is not transformers' own may read any name.
+    """
+    if not attn_implementation.startswith(BUILT_IN_ATTENTION):
+        return
+    for name in kwargs.keys() - EXTRA_TENSORS:
+        value = kwargs[name]
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(part, Cache | torch.Tensor) for part in parts):
+            raise TypeError(
+                f"forward() got `{name}`, which LLaMA does not know: a cache is given as `cache` or "
+                "`past_key_values`; leave out what the model has no use for"
+            )
+
 
 class LlamaReproRMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension; x / rms(x) is computed in fp32 whatever the dtype of x."""
@@ -97,7 +134,6 @@ class LlamaReproRotaryEmbedding(nn.Module):
     def _rope_init_fn(self) -> Callable:
         return ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
 
-    @torch.no_grad()
     @dynamic_rope_update  # recomputes inv_freq for rope types that depend on the length
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each (batch, seq, head_dim), computed in fp32 and cast to the dtype of x."""
@@ -178,6 +214,7 @@ class LlamaReproAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -192,8 +229,11 @@ class LlamaReproAttention(nn.Module):
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # (batch, seq, 1, head_dim)
         query = apply_rotary(query, cos, sin).transpose(1, 2)
         key = apply_rotary(key, cos, sin).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (batch, kv_heads, total, head_dim)
+        cache = either_cache(cache, past_key_values)
+        if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # (batch, kv_heads, total, head_dim)
+        elif cache is not None:  # before 5.24 the attention functions append to a paged cache
+            kwargs["cache"] = cache
 
         implementation = self.config._attn_implementation
         # vLLM reads this source: a name that holds what get_interface gives, alone, and is called once.
@@ -236,7 +276,7 @@ class LlamaReproPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaReproDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -282,30 +322,33 @@ class LlamaReproModel(LlamaReproPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """`last_hidden_state` (batch, seq, hidden_size) for `input_ids` or `inputs_embeds`, exactly one of them."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds: exactly one of them")
+        refuse_unknown(kwargs, self.config._attn_implementation)
+        cache = either_cache(cache, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if "begin" in FAST_PATHS:
-            FAST_PATHS["begin"](self, past_key_values)
+            FAST_PATHS["begin"](self, cache)
         if position_ids is None:
-            num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+            num_cached = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + num_cached
 
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
@@ -316,11 +359,11 @@ class LlamaReproModel(LlamaReproPreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
 
 # Logits in memory at a time, in values, where the loss is taken and where the output matrix is applied: what a CPU's
@@ -464,12 +507,13 @@ class LlamaReproForCausalLM(LlamaReproPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits (batch, seq, vocab_size), and the loss when `labels` are given (-100: not counted).
@@ -477,13 +521,14 @@ class LlamaReproForCausalLM(LlamaReproPreTrainedModel, GenerationMixin):
         `logits_to_keep`: of how many last positions (0: of all), or the indices of those positions, to compute logits.
         `skip_logits`: the loss alone, in less memory and time; the output's logits are None.
         """
+        cache = either_cache(cache, past_key_values)
         if "begin" in FAST_PATHS:
-            FAST_PATHS["begin"](self, past_key_values)
+            FAST_PATHS["begin"](self, cache)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,  # whatever the config says: `can_return_tuple` looks after that
@@ -501,9 +546,9 @@ class LlamaReproForCausalLM(LlamaReproPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from . import cpu_kernel
 from .errors import InputError
 from .fast_paths import MOST_TOKENS, CacheLayerWithRoom, give_room, observed
-from .modeling_llama_repro import LlamaReproForCausalLM
+from .modeling_llama_repro import CACHE, LlamaReproForCausalLM, either_cache
 
 CACHE_BEFORE = "_cache_implementation_before_optimize"
 
@@ -121,10 +121,11 @@ class Prepared:
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Any = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | None:
         """The output, or None where the ordinary path is to be taken."""
@@ -142,14 +143,15 @@ class Prepared:
             or any(value is not None for name, value in others.items() if name not in IGNORED and value is not False)
         ):
             return None
-        if past_key_values is None and (model.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=model.config)
-        give_room(past_key_values)
-        if type(past_key_values) is not DynamicCache or not past_key_values.layers:
+        cache = either_cache(cache, past_key_values)
+        if cache is None and (model.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=model.config)
+        give_room(cache)
+        if type(cache) is not DynamicCache or not cache.layers:
             return None
-        if any(type(layer) is not CacheLayerWithRoom for layer in past_key_values.layers):
+        if any(type(layer) is not CacheLayerWithRoom for layer in cache.layers):
             return None
-        past, (batch, seq) = past_key_values.get_seq_length(), given.shape[:2]
+        past, (batch, seq) = cache.get_seq_length(), given.shape[:2]
         if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + seq):
             return None
         if not (past and self._looked):  # once for a prompt
@@ -161,8 +163,8 @@ class Prepared:
         if embeddings.dtype != model.dtype:
             return None
         kept = min(logits_to_keep or seq, seq)
-        logits = self._run(embeddings, attention_mask, position_ids, past_key_values, past, kept)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        logits = self._run(embeddings, attention_mask, position_ids, cache, past, kept)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
     def _run(
         self,

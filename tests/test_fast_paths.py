@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from hf_llama_repro import cpu_kernel, modeling_llama_repro, optimize
 from hf_llama_repro.fast_paths import MOST_TOKENS, CacheLayerWithRoom, FewTokensLinear, Room, few_tokens_linear
+from hf_llama_repro.modeling_llama_repro import CACHE
 
 SHAPES = {  # batch, heads, kv_heads, head_dim, seq, cached before
     "9/3": (1, 9, 3, 64, 130, 0),
@@ -100,8 +101,8 @@ from random_models import random_model, random_tokens, stock_twin
 model = random_model().bfloat16()
 stock, tokens = stock_twin(model), random_tokens(model.config)
 with torch.no_grad():
-    caches = [each(tokens, use_cache=True).past_key_values for each in (model, stock)]
-    logits = [each(tokens[:, :1], past_key_values=cache).logits for each, cache in zip((model, stock), caches)]
+    caches = [getattr(each(tokens, use_cache=True), CACHE) for each in (model, stock)]
+    logits = [each(tokens[:, :1], **{CACHE: cache}).logits for each, cache in zip((model, stock), caches)]
 assert torch.equal(*logits)
 assert type(caches[0].layers[0]).__name__ == "DynamicLayer"
 """
@@ -134,9 +135,7 @@ def test_fast_paths_give_the_plain_ones_logits(fields, monkeypatch):
     def logits():
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            return torch.cat(
-                [model(piece, past_key_values=cache).logits for piece in tokens.split([64, *[1] * 16], 1)], 1
-            )
+            return torch.cat([model(piece, **{CACHE: cache}).logits for piece in tokens.split([64, *[1] * 16], 1)], 1)
 
     fast = logits()
     monkeypatch.setattr(modeling_llama_repro, "FAST_PATHS", {})
@@ -181,7 +180,7 @@ def test_cache_appends_in_place():
 @torch.no_grad()
 def test_cache_of_a_prompt_takes_no_room():
     model = random_model(tiny_config())
-    layer = model(random_tokens(model.config, seq=64), use_cache=True).past_key_values.layers[0]
+    layer = getattr(model(random_tokens(model.config, seq=64), use_cache=True), CACHE).layers[0]
     assert type(layer) is CacheLayerWithRoom
     assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
     assert [Room((1, 1, seq, 2), layer.keys).capacity - seq for seq in (1, 400, 100_000)] == [16, 50, 256]
@@ -227,8 +226,8 @@ def test_cache_changes_with_the_batch_and_between_inference_modes():
 def test_gradients_flow_through_the_cache():
     model = random_model(tiny_config())
     cache = DynamicCache(config=model.config)
-    model(random_tokens(model.config, seq=8), past_key_values=cache)
-    logits = model(random_tokens(model.config, seq=4), past_key_values=cache).logits
+    model(random_tokens(model.config, seq=8), **{CACHE: cache})
+    logits = model(random_tokens(model.config, seq=4), **{CACHE: cache}).logits
     logits.sum().backward()
     assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
 

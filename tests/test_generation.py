@@ -18,6 +18,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from hf_llama_repro import cpu_kernel, fast_paths
+from hf_llama_repro.modeling_llama_repro import CACHE
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False}
 
@@ -49,7 +50,7 @@ def talker(fields=None, **how):
 def cached_logits(model, tokens, cache, *, steps):
     """The logits of tokens fed piece by piece: `steps` are the lengths of the pieces."""
     pieces = tokens.split(steps, dim=1)
-    return torch.cat([model(piece, past_key_values=cache, use_cache=True).logits for piece in pieces], dim=1)
+    return torch.cat([model(piece, use_cache=True, **{CACHE: cache}).logits for piece in pieces], dim=1)
 
 
 @pytest.mark.parametrize(("new_cache", "device"), CACHES)
@@ -79,8 +80,8 @@ def test_wrong_positions_in_cached_decoding_are_noticed():
     tokens = random_tokens(model.config, seq=72)
     with torch.no_grad():
         uncached = model(tokens).logits[:, 64:]
-        cache = model(tokens[:, :64], use_cache=True).past_key_values
-        late = model(tokens[:, 64:], past_key_values=cache, position_ids=torch.arange(65, 73)[None]).logits
+        cache = getattr(model(tokens[:, :64], use_cache=True), CACHE)
+        late = model(tokens[:, 64:], position_ids=torch.arange(65, 73)[None], **{CACHE: cache}).logits
     assert relative_difference(late, uncached) > 100 * TOLERANCE
 
 
@@ -198,8 +199,8 @@ def test_generation_continues_from_a_filled_cache():
     tokens = random_tokens(model.config, seq=64)
     whole = model.generate(tokens, **GREEDY)
     cache = DynamicCache(config=model.config)
-    model.generate(tokens[:, :50], past_key_values=cache, max_new_tokens=1, do_sample=False)
-    assert torch.equal(model.generate(tokens, past_key_values=cache, **GREEDY), whole)
+    model.generate(tokens[:, :50], max_new_tokens=1, do_sample=False, **{CACHE: cache})
+    assert torch.equal(model.generate(tokens, **GREEDY, **{CACHE: cache}), whole)
 
 
 def test_generation_from_inputs_embeds_equals_that_from_tokens():

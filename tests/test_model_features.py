@@ -28,6 +28,7 @@ from hf_llama_repro import (
     LlamaReproForTokenClassification,
     LlamaReproModel,
 )
+from hf_llama_repro.modeling_llama_repro import CACHE
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def test_output_asked_for_in_the_configuration_is_that_asked_for_by_argument(mod
 
 def test_output_not_asked_for_is_not_there():
     model = random_model(attn_implementation="eager")
-    assert set(model(random_tokens(model.config))) == {"logits", "past_key_values"}
+    assert set(model(random_tokens(model.config))) == {"logits", CACHE}
 
 
 @pytest.mark.parametrize("model_class", [LlamaReproForCausalLM, LlamaReproModel])
@@ -111,7 +112,7 @@ def test_head_gives_the_outputs_and_the_loss_of_stock_llamas(model_class, stock_
     tokens[1, 60:] = 0
     ours, theirs = (each(tokens, **targets) for each in (model, stock_twin(model, stock_class)))
     assert set(ours) == set(theirs)
-    for name in set(ours) - {"past_key_values"}:
+    for name in set(ours) - {CACHE}:
         assert relative_difference(ours[name], theirs[name]) < TOLERANCE, name
 
 
@@ -181,13 +182,13 @@ def test_compiled_decoding_does_not_recompile_while_the_static_cache_fills():
     model = random_model()
     tokens = random_tokens(model.config, seq=80)
     cache = StaticCache(config=model.config, max_cache_len=128)
-    logits = [logits_of(model, tokens[:, :64], past_key_values=cache)]
+    logits = [logits_of(model, tokens[:, :64], **{CACHE: cache})]
     torch.compiler.reset()
     decode = torch.compile(model.forward, fullgraph=True, backend="eager")
     with torch.no_grad():
-        logits.append(decode(tokens[:, 64:65], past_key_values=cache).logits)
+        logits.append(decode(tokens[:, 64:65], **{CACHE: cache}).logits)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            logits += [decode(token, past_key_values=cache).logits for token in tokens[:, 65:].split(1, dim=1)]
+            logits += [decode(token, **{CACHE: cache}).logits for token in tokens[:, 65:].split(1, dim=1)]
     assert relative_difference(torch.cat(logits, dim=1), logits_of(model, tokens)) < TOLERANCE
 
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM, paper
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.modeling_llama_repro import CACHE
 from hf_llama_repro.paper.formulas import num_parameters
 from hf_llama_repro.paper.results import BENCHMARKS, GPT_3_FLOPS, MISTAKES
 from hf_llama_repro.paper.sizes import (
@@ -327,7 +328,7 @@ def test_cache_with_and_without_grouped_queries():
 
 @pytest.mark.parametrize("name", SMALL)
 def test_cache_is_what_the_model_keeps(name):
-    cache = model_of(SMALL[name]).to(torch.bfloat16)(torch.zeros(1, 3, dtype=torch.long)).past_key_values
+    cache = getattr(model_of(SMALL[name]).to(torch.bfloat16)(torch.zeros(1, 3, dtype=torch.long)), CACHE)
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert kept == 3 * paper.kv_cache_bytes(SMALL[name])
 

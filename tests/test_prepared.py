@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, DynamicCache
 
 from hf_llama_repro import LlamaReproForCausalLM, cpu_kernel, optimize, restore
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.modeling_llama_repro import CACHE
 from hf_llama_repro.prepared import MOST_TOKENS, Prepared
 
 architectures = pytest.mark.parametrize("fields", [*ARCHITECTURES.values(), BIASES], ids=[*ARCHITECTURES, "biases"])
@@ -54,7 +55,7 @@ def stepwise(model, tokens, steps, **inputs):
     for piece in tokens.split(steps, dim=1):
         past += piece.shape[1]
         more = {name: value[:, :past] for name, value in inputs.items()}
-        logits.append(model(input_ids=piece, past_key_values=cache, use_cache=True, **more).logits)
+        logits.append(model(input_ids=piece, use_cache=True, **more, **{CACHE: cache}).logits)
     return torch.cat(logits, dim=1)
 
 

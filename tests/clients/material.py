@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_llama_repro  # noqa: F401 - registers the model type
 from conversion.convert import convert
 from examples.demo import bring_model
+from hf_llama_repro.modeling_llama_repro import CACHE
 from tests.meta_checkpoints import meta_params, meta_weights, write_meta
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,8 +103,8 @@ def greedy(folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int = NEW
     for prompt in prompts:
         tokens, cache, said = torch.tensor([prompt]), None, []
         for _ in range(new_tokens):
-            output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            tokens, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+            output = model(tokens, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+            tokens, cache = output.logits[:, -1].argmax(-1, keepdim=True), getattr(output, CACHE)
             said.append(int(tokens))
         found.append(said)
     del model
