@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile
 
-.PHONY: help install demo test test-clients test-scale test-long test-oldest test-wheel lint type unit test-transformers bench bench-finetune bench-conversion bench-inference bench-memory build clean
+.PHONY: help install demo test test-clients test-scale test-long test-oldest test-newest test-wheel lint type unit test-transformers bench bench-finetune bench-conversion bench-inference bench-memory build clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -46,6 +46,21 @@ test-oldest: .venv-oldest/.installed  ## the tests with the oldest transformers 
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint .venv-oldest/constraints.txt --editable ".[dev]" transformers==5.16.0
 	touch $@
+
+# Of the newest versions that the registry offers, whatever pyproject.toml allows; only torch is the tested build.
+NEWEST_TESTS = tests/test_parity.py tests/test_generation.py tests/test_model_features.py tests/test_model_files.py \
+  tests/test_remote_code.py tests/test_registration.py tests/test_loss.py tests/test_field_versions.py \
+  tests/test_finetune.py tests/test_guards.py tests/test_chat.py tests/test_chat_page.py
+
+test-newest: $(INSTALLED)  ## parity, generation, remote code, fine-tuning, chat with the newest of everything; lists deprecations
+	$(PYTHON) -m venv .venv-newest
+	grep -E '^torch==' constraints.txt > .venv-newest/torch.txt
+	$(BIN)/python -m tests.newest > .venv-newest/requirements.txt
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+	  --constraint .venv-newest/torch.txt --requirement .venv-newest/requirements.txt setuptools
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	.venv-newest/bin/python -m tests.newest --report
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -p deprecations $(PARALLEL) $(PYTEST) $(NEWEST_TESTS)
 
 lint: $(INSTALLED)  ## ruff: style and formatting
 	$(BIN)/ruff check .
@@ -110,4 +125,4 @@ build: $(INSTALLED)  ## wheel and sdist in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove what was built and converted, not the downloads
-	rm -rf .venv .venv-oldest .venv-peers .venv-vllm .venv-eval .venv-torchao build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-peers .venv-vllm .venv-eval .venv-torchao build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache

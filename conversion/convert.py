@@ -311,7 +311,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="The target appears under its name only when it is whole. Exit code 2: the message says what to mend.",
     )
     parser.add_argument("source", type=Path, help="Meta folder, Hugging Face Llama folder, or .gguf file")
-    parser.add_argument("target", type=Path, help="folder to make")
+    parser.add_argument("target", type=Path, nargs="?", help="folder to make")
     parser.add_argument(
         "--as",
         dest="model_type",
@@ -345,15 +345,37 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="go on with what an interrupted conversion finished; --no-resume begins it anew",
     )
+    parser.add_argument(
+        "--refresh-code",
+        action="store_true",
+        help="make nothing: renew the Python files in SOURCE, converted earlier, for newer versions of transformers",
+    )
     add_version(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.refresh_code:
+        given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
+        if others := sorted({*given} - {"source", "refresh_code"}):
+            parser.error(f"--refresh-code takes a folder and nothing else, not {', '.join(others)}")
+        return _refresh(arguments.source)
+    if arguments.target is None:
+        parser.error("the following arguments are required: target")
+    del arguments.refresh_code
     return run(
         lambda: print("\n".join(convert(**vars(arguments), tell=print).lines())),
         interrupted=f"{arguments.target} was not made; --resume goes on from the files that are finished",
+    )
+
+
+def _refresh(folder: Path) -> int:
+    from .refresh import refresh_code
+
+    return run(
+        lambda: print("\n".join(refresh_code(folder))), interrupted="each of the files is the old one or the new one"
     )
 
 

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from .registration import install
+from .versions import report_untested
 
 if TYPE_CHECKING:
     from .configuration_llama_repro import PAPER_SIZES, LlamaReproConfig
@@ -57,4 +58,5 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_MODULE_OF])
 
 
+report_untested()
 install()

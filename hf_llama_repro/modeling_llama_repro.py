@@ -67,13 +67,20 @@ def refuse_unknown(kwargs: dict, attn_implementation: str) -> None:
     if not attn_implementation.startswith(BUILT_IN_ATTENTION):
         return
     for name in kwargs.keys() - EXTRA_TENSORS:
-        value = kwargs[name]
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-        if any(isinstance(part, Cache | torch.Tensor) for part in parts):
+        if holds_tensors(kwargs[name]):
             raise TypeError(
                 f"forward() got `{name}`, which LLaMA does not know: a cache is given as `cache` or "
                 "`past_key_values`; leave out what the model has no use for"
             )
+
+
+def holds_tensors(value: object) -> bool:
+    """Whether a keyword argument is or contains tensors or a cache."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return (
+        any(map(holds_tensors, value)) if isinstance(value, list | tuple) else isinstance(value, Cache | torch.Tensor)
+    )
 
 
 class LlamaReproRMSNorm(nn.Module):

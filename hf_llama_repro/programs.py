@@ -18,6 +18,7 @@ from typing import Any
 
 from .command import add_version, run
 from .errors import InputError
+from .versions import TRANSFORMERS
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Program:
 
 
 PROGRAMS = {
-    "transformers": Program("transformers", ">=5.16,<6", "serve"),
+    "transformers": Program("transformers", TRANSFORMERS, "serve"),
     "lm_eval": Program("lm_eval", ">=0.4.13,<0.5", "eval"),
     "lm-eval": Program("lm_eval", ">=0.4.13,<0.5", "eval"),
 }

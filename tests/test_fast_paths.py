@@ -98,6 +98,7 @@ def test_switched_off_everything_is_stock_llamas_to_the_bit():
     script = """
 import torch
 from random_models import random_model, random_tokens, stock_twin
+from hf_llama_repro.modeling_llama_repro import CACHE
 model = random_model().bfloat16()
 stock, tokens = stock_twin(model), random_tokens(model.config)
 with torch.no_grad():

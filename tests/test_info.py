@@ -34,7 +34,7 @@ def test_what_is_missing_or_too_old_is_named_with_the_remedy(monkeypatch):
     known = info.installed_version
     monkeypatch.setattr(info, "installed_version", lambda name: versions.get(name, known(name)))
     needed, optional = info.packages()
-    assert needed["transformers"] == "5.2.0: outside of <6,>=5.16; pip install 'transformers<6,>=5.16'"
+    assert needed["transformers"] == "5.2.0: outside of <5.25,>=5.16; pip install 'transformers<5.25,>=5.16'"
     assert optional["matplotlib"] == "not installed: pip install 'hf-llama-repro[finetune]'"
     assert needed["peft"] == known("peft")
 
