@@ -13,6 +13,7 @@ from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM
 from hf_llama_repro.errors import CheckpointError, InputError
 from hf_llama_repro.llama_folder import MODEL_TYPES, architecture
 from hf_llama_repro.mapped_pages import mapped_pages_released
+from hf_llama_repro.versions import checkpoint_activations
 
 from .cpu_kernels import use_cpu_kernels
 from .processes import divides_weights
@@ -135,7 +136,7 @@ def enable_checkpointing(model: Any, quantization: str) -> None:
     The inputs of the first layer need gradients for that, though the embedding is frozen. Over an int8 base the
     reentrant way: bitsandbytes keeps each layer's input where the other way cannot let go of it.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": quantization == "int8"})
+    checkpoint_activations(model, use_reentrant=quantization == "int8")
     model.enable_input_require_grads()
 
 

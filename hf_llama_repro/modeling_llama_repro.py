@@ -10,6 +10,7 @@ Shapes: batch, seq (new tokens), total (cached and new tokens), heads (of Q), kv
 from collections.abc import Callable
 from itertools import islice
 from os import PathLike
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -350,12 +351,13 @@ class LlamaReproModel(LlamaReproPreTrainedModel):
             num_cached = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + num_cached
 
+        named: dict[str, Any] = {CACHE: cache}
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE: cache},
+            **named,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
@@ -367,10 +369,10 @@ class LlamaReproModel(LlamaReproPreTrainedModel):
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 use_cache=use_cache,
-                **{CACHE: cache},
+                **named,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named)
 
 
 # Logits in memory at a time, in values, where the loss is taken and where the output matrix is applied: what a CPU's

@@ -164,7 +164,8 @@ class Prepared:
             return None
         kept = min(logits_to_keep or seq, seq)
         logits = self._run(embeddings, attention_mask, position_ids, cache, past, kept)
-        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+        named: dict[str, Any] = {CACHE: cache}
+        return CausalLMOutputWithPast(logits=logits, **named)
 
     def _run(
         self,

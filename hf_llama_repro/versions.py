@@ -1,7 +1,8 @@
-"""The versions of transformers that the models were tested with, and what is said of another."""
+"""The versions of transformers that the models were tested with, and names that differ between them."""
 
 import logging
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 FIRST_TESTED, LAST_TESTED = (5, 16), (5, 24)
 """Minor releases of transformers, both included."""
@@ -32,3 +33,9 @@ def report_untested() -> None:
     """Log that line, where pip's refusal of the version was overruled."""
     if (line := untested_transformers()) is not None:
         logging.getLogger(__package__).warning(line)
+
+
+def checkpoint_activations(model: Any, *, use_reentrant: bool) -> None:
+    """Recompute the layers' activations in the backward pass (`activation_checkpointing_enable`, from 5.24 on)."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})

@@ -20,6 +20,7 @@ from hf_llama_repro import LlamaReproForCausalLM
 from hf_llama_repro.checkpoints import checkpoints, keep_newest, publish, step_of
 from hf_llama_repro.errors import InputError, TrainingStoppedError, failed_write
 from hf_llama_repro.metrics import add_metrics, begin_metrics
+from hf_llama_repro.versions import checkpoint_activations
 
 from .held_out import bits_per_byte, next_token_loss, together
 from .mixture import Mixture
@@ -92,7 +93,7 @@ class Run:
         torch.manual_seed(recipe.seed)
         model = LlamaReproForCausalLM(self.config)
         if recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model, use_reentrant=False)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe.weight_decay),
             lr=recipe.learning_rate,

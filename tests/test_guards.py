@@ -31,6 +31,7 @@ from finetune.recipe import as_yaml
 from finetune.training import LENGTH_MULTIPLE, FinetuneTrainer, collate
 from hf_llama_repro import LlamaReproConfig
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.versions import checkpoint_activations
 
 
 class AtStep(TrainerCallback):
@@ -92,7 +93,7 @@ def test_a_gradient_that_is_not_finite_is_named(recipe):
 def test_gradient_checkpointing_over_a_frozen_base_without_input_gradients_is_refused(recipe):
     """What happens when `enable_input_require_grads` is forgotten."""
     model, data = loaded(recipe)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_activations(model, use_reentrant=True)
     model.disable_input_require_grads() if hasattr(model, "_require_grads_hook") else None
     with pytest.raises((TrainingStoppedError, RuntimeError), match=r"get no gradient|does not require grad"):
         preflight(model, collate(data.train[:4]))

@@ -29,6 +29,7 @@ from hf_llama_repro import (
     LlamaReproModel,
 )
 from hf_llama_repro.modeling_llama_repro import CACHE
+from hf_llama_repro.versions import checkpoint_activations
 
 
 @torch.no_grad()
@@ -151,7 +152,7 @@ def test_gradient_checkpointing_does_not_change_gradients(use_reentrant):
     for checkpointing in (False, True):
         model = random_model().train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            checkpoint_activations(model, use_reentrant=use_reentrant)
             model.enable_input_require_grads()
         tokens = random_tokens(model.config)
         model(tokens, labels=tokens).loss.backward()

@@ -32,6 +32,7 @@ from finetune.plan import (
 from finetune.recipe import Recipe
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.versions import checkpoint_activations
 
 GB = 10**9
 # The plan counts every position as labelled; the last of a sequence has no next token (1 of 64 here).
@@ -274,7 +275,7 @@ def test_an_int8_base_needs_the_reentrant_checkpointing(monkeypatch):
     """MatMul8bitLt keeps its input as an attribute, which only the reentrant way never computes with a graph."""
 
     def not_reentrant(model, quantization):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model, use_reentrant=False)
         model.enable_input_require_grads()
 
     recipe = dataclasses.replace(ALPACA_LORA, micro_batch_size=1)
