@@ -102,13 +102,14 @@ def convert(
 
     from .model_card import made_by, model_card
     from .source import open_source
-    from .target import parse_size
+    from .target import check_target, parse_size
 
     if ollama and (model_type != "llama" or not with_tokenizer):
         raise CheckpointError(
             "--ollama writes a template for a folder that llama.cpp converts: it needs --as llama, and a tokenizer"
         )
     max_shard_bytes = parse_size(max_shard_size)
+    check_target(target, source, overwrite=overwrite)
     opened = open_source(source, context_length=context_length, chat=chat)
     opened = replace(opened, tokenizer=_choose_tokenizer(opened, source, tokenizer) if with_tokenizer else None)
     with new_folder(
