@@ -33,14 +33,14 @@ class Manifest:
         if self.request is not None:
             self._write({"unfinished": {"request": self.request, "finished": self.finished}})
 
-    def complete(self, source: dict[str, Any]) -> None:
-        """The final manifest: sums of every file of the folder and of the source's."""
+    def complete(self, source: dict[str, Any], options: dict[str, Any] | None = None) -> None:
+        """The final manifest: sums of every file of the folder and of the source's, and how it was converted."""
         files = {}
         for path in sorted(self.path.parent.iterdir()):
             if path != self.path:
                 known = self.finished.get(path.name) or file_sums(path)
                 files[path.name] = {key: known[key] for key in ("bytes", "sha256")}
-        self._write({"source": source, "files": files})
+        self._write({"source": source, "options": options or {}, "files": files})
 
     def _write(self, content: dict[str, Any]) -> None:
         # In one go: a kill leaves the one or the other.
@@ -59,3 +59,14 @@ def unfinished(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["unfinished"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def recorded_options(folder: Path) -> dict[str, Any]:
+    """How a folder was converted, as far as its source does not tell; nothing where no manifest says it."""
+    try:
+        options = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["options"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    kinds = {"context_length": int, "chat": bool, "tokenizer": bool}
+    known = options if isinstance(options, dict) else {}
+    return {name: known[name] for name, kind in kinds.items() if type(known.get(name)) is kind}
