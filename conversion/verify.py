@@ -67,9 +67,12 @@ def verify(
     found = load_config(target).max_position_embeddings
     if unknown_context is not None:
         opened.config.max_position_embeddings = found
-    if opened.token_ids_from_tokenizer and "chat" not in options:
-        opened = replace(opened, chat=samples(target))
+    # Where nothing records it, the folder tells whether it was made for chat, and the source's name may contradict.
+    by_name, chat = opened.chat, options.get("chat", samples(target) if reference is not None else opened.chat)
+    opened = replace(opened, chat=chat)
     checks, fits = _beside_weights(source, target, opened, options, reference, cast)
+    if chat != by_name and "chat" not in options:
+        checks = [_doubted(check, chat) for check in checks]
     checks.insert(1, _context(found, expected, options, opened, unknown_context))
     checks.append(_weights(opened, written, reference))
     if reference is not None and fits:
@@ -115,6 +118,14 @@ def _cast(source: "Source", target: "Source") -> "torch.dtype | None":
     """The dtype that the source was cast to, if it was."""
     dtypes = {tensor.dtype for tensor in target.tensors.values()}
     return dtypes.pop() if len(dtypes) == 1 and dtypes != {t.dtype for t in source.tensors.values()} else None
+
+
+def _doubted(check: Check, chat: bool) -> Check:
+    """What hangs on the decision for chat, where the folder has another than the source's name tells."""
+    if check.outcome != "ok" or check.name not in ("generation", "chat template"):
+        return check
+    kind = "a chat model" if chat else "a base model"
+    return replace(check, outcome="not compared", found=f"as for {kind}, which the files of the source do not tell")
 
 
 def _context(
