@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import ROOT
 from gguf import GGUFWriter
 from meta_checkpoints import meta_params, meta_weights, write_meta, write_sentencepiece
 from random_models import random_model, stock_twin, tiny_config
@@ -15,10 +16,21 @@ from test_convert_gguf import gguf_tensors
 from transformers import AutoTokenizer
 
 from conversion import convert as convert_command
+from conversion import export as export_command
+from conversion import merge as merge_command
+from conversion import tokenizer_folder
 from conversion import verify as verify_command
 from conversion.convert import convert
 from conversion.tokenizer import convert_tokenizer
 from conversion.verify import verify
+from finetune import alpaca as finetune_command
+from finetune import plan as finetune_plan
+from hf_llama_repro.command import ANSWER_IS_NO, BAD_INPUT, DONE, INTERRUPTED, OUR_FAULT, PARTIAL, run
+from hf_llama_repro.errors import CheckpointError, InputError, NotItsSourceError
+from hf_llama_repro.evaluation import command as evaluation_command
+from hf_llama_repro.outputs import check_output_file, check_output_folder
+from hf_llama_repro.paper import report as paper_report
+from pretrain import train as pretrain_command
 
 VOCAB = 288
 CHATML = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
@@ -412,3 +424,132 @@ def test_the_proof_does_not_rest_on_the_converters_own_code_alone(tmp_path, monk
     checks = outcomes(source, tmp_path / "ours")
     assert "rope_parameters" in checks["configuration"].found
     assert "eos of config.json is 7, which no file of the source says" in checks["special ids"].found
+
+
+# Outputs and exit codes.
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Names under which nothing can be written, of files and of folders."""
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    return {
+        "missing folder": tmp_path / "missing/figures.json",
+        "a folder": tmp_path / "folder",
+        "below a file": tmp_path / "file/figures",
+        "a name that is too long": tmp_path / ("x" * 300),
+    }
+
+
+def plan(path):
+    return finetune_plan.main, ["llama-7b", "--json", path]
+
+
+def tables(path):
+    return paper_report.main, ["--json", path]
+
+
+def proof(path):
+    return verify_command.main, ["source", "target", "--json", path]
+
+
+def page(path):
+    return paper_report.main, ["--page", path]
+
+
+def evaluation(path):
+    return evaluation_command.main, ["model", "--output-dir", path]
+
+
+def conversion(path):
+    return convert_command.main, ["source", path / "ours"]
+
+
+def export(path):
+    return export_command.main, ["source", path / "meta"]
+
+
+def merge(path):
+    return merge_command.main, ["adapter", path / "merged"]
+
+
+def tokenizer(path):
+    return tokenizer_folder.main, ["tokenizer.model", path / "ours", "--context-length", "64"]
+
+
+def finetuning(path):
+    return finetune_command.main, ["alpaca_lora", "--output-dir", path]
+
+
+def pretraining(path):
+    return pretrain_command.main, ["tiny", "--output-dir", path]
+
+
+FILES = [plan, tables, proof]
+FOLDERS = [page, evaluation, conversion, export, merge, tokenizer, finetuning, pretraining]
+
+
+@pytest.mark.parametrize("command", FILES, ids=lambda command: command.__name__)
+@pytest.mark.parametrize("place", ["missing folder", "a folder", "below a file", "a name that is too long"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work_of_a_proof(places, place, command, capsys):
+    main, arguments = command(places[place])
+    assert main(list(map(str, arguments))) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(f"error: --json {places[place]}")
+    assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", FOLDERS, ids=lambda command: command.__name__)
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(places, command, capsys):
+    main, arguments = command(places["below a file"])
+    assert main(list(map(str, arguments))) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert "file is not a folder" in output.err
+    assert output.err.count("\n") == 1
+
+
+def test_the_figures_of_a_proof_replace_the_file_that_is_there(made, tmp_path):
+    source, result = made("base")
+    (tmp_path / "figures.json").write_text("old")
+    arguments = [str(source), str(result.target), "--tokens", "16", "--json", str(tmp_path / "figures.json")]
+    assert verify_command.main(arguments) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {check["outcome"] for check in figures} == {"ok"}
+
+
+def test_a_file_is_only_looked_at_before_the_proof(tmp_path):
+    (tmp_path / "kept.json").write_text("old")
+    check_output_file("--json", tmp_path / "kept.json")
+    check_output_file("--json", tmp_path / "new.json")
+    check_output_folder("--page", tmp_path / "a/b/c")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+    assert (tmp_path / "kept.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (InputError("bad"), BAD_INPUT),
+        (CheckpointError("bad"), BAD_INPUT),
+        (NotItsSourceError("other"), ANSWER_IS_NO),
+        (PermissionError("forbidden"), BAD_INPUT),
+        (KeyboardInterrupt(), INTERRUPTED),
+        (RuntimeError("surprise"), OUR_FAULT),
+    ],
+)
+def test_each_exit_code_has_one_meaning_beside_that_of_a_proof(raised, code, capsys):
+    def work():
+        raise raised
+
+    assert run(work) == code
+    assert ("Traceback" in capsys.readouterr().err) == (code == OUR_FAULT)
+
+
+def test_the_exit_codes_of_a_proof_are_in_the_documentation():
+    table = (ROOT / "docs/README.md").read_text().partition("## Exit codes")[2]
+    for code in (DONE, ANSWER_IS_NO, BAD_INPUT, PARTIAL, OUR_FAULT, INTERRUPTED):
+        assert f"\n| {code} | " in table
