@@ -18,8 +18,6 @@ from .manifest import recorded_options
 from .source import CONFIG_ERRORS
 
 if TYPE_CHECKING:
-    import torch
-
     from .source import Source
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -86,9 +84,7 @@ def load_config(folder: Path) -> Any:
         raise CheckpointError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
 
 
-def compare_configuration(
-    source: Path, found: Any, again: Any, shapes: dict[str, Any], dtypes: "set[torch.dtype | None]"
-) -> Check:
+def compare_configuration(source: Path, found: Any, again: Any, shapes: dict[str, Any], dtypes: set[Any]) -> Check:
     """`shapes`: what a Meta folder's files say, read by the reference; `dtypes`: that may stand there."""
     ours, theirs = found.to_dict(), again.to_dict()
     said = {**ours, "rope_theta": (ours.get("rope_parameters") or {}).get("rope_theta")}
@@ -175,7 +171,8 @@ def compare_special_ids(
     """
     places = [(load_config(place).to_dict(), _generation(place)) for place in (folder, again)]
     known = _source_ids(source, said or {})
-    differences, held = [], {}
+    differences: list[str] = []
+    held: dict[str, Any] = {}
     for name in ("bos", "eos", "unk", "pad"):
         key = f"{name}_token_id"
         sides = {

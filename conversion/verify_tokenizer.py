@@ -37,7 +37,7 @@ class Reference:
     """The source's own tokenizer. Where `encode` is None, nothing but this package knows its encoding."""
 
     name: str
-    tokens: list[str | None]
+    tokens: Sequence[str | None]
     """By id; those that were added to it are in `added`."""
     encode: Callable[[list[str], bool], Ids] | None
     """Ids of texts with what is put around each. The second argument: control tokens that are spelt stay text."""

@@ -10,10 +10,10 @@ from meta_checkpoints import HEADS, meta_params, meta_weights, write_meta, write
 from random_models import random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
+from conversion.checks import table
 from conversion.convert import convert
 from conversion.keys import to_half_split, to_interleaved
 from conversion.reference import MetaReference
-from conversion.checks import table
 from conversion.verify import MAX_HIDDEN, main, verify
 from hf_llama_repro.errors import CheckpointError
 
