@@ -63,10 +63,20 @@ def unfinished(folder: Path) -> dict[str, Any] | None:
 
 def recorded_options(folder: Path) -> dict[str, Any]:
     """How a folder was converted, as far as its source does not tell; nothing where no manifest says it."""
+    kinds = {"context_length": int, "chat": bool, "tokenizer": bool}
+    options = _recorded(folder, "options")
+    return {name: options[name] for name, kind in kinds.items() if type(options.get(name)) is kind}
+
+
+def recorded_sha256(folder: Path, name: str) -> str | None:
+    """The checksum that a file of the folder had when it was written; None where no manifest says it."""
+    entry = _recorded(folder, "files").get(name)
+    return entry.get("sha256") if isinstance(entry, dict) else None
+
+
+def _recorded(folder: Path, key: str) -> dict[str, Any]:
     try:
-        options = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["options"]
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    kinds = {"context_length": int, "chat": bool, "tokenizer": bool}
-    known = options if isinstance(options, dict) else {}
-    return {name: known[name] for name, kind in kinds.items() if type(known.get(name)) is kind}
+    return content if isinstance(content, dict) else {}

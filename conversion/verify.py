@@ -92,7 +92,15 @@ def _beside_weights(
     cast: "torch.dtype | None",
 ) -> tuple[list[Check], bool]:
     """The checks of all files but those of weights, and whether the shapes of the weights can be the source's."""
-    from .verify_files import compare_configuration, compare_generation, compare_special_ids, load_config, written_again
+    from .hugging_face import read_json
+    from .verify_files import (
+        compare_code,
+        compare_configuration,
+        compare_generation,
+        compare_special_ids,
+        load_config,
+        written_again,
+    )
 
     has_tokenizer = (target / "tokenizer.json").is_file()
     dtypes = {opened.config.dtype, *([] if cast is None else [cast])}
@@ -111,6 +119,8 @@ def _beside_weights(
             checks += [Check(name, "not compared", why) for name in ("special ids", "tokenizer", "chat template")]
         else:
             checks += [compare_special_ids(target, again, source), _without_tokenizer(tokenizer, options)]
+    if read_json(target / "config.json").get("model_type") == "llama_repro":
+        checks.append(compare_code(target))
     return checks, checks[0].figures["shapes_fit"]
 
 

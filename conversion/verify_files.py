@@ -14,7 +14,7 @@ from hf_llama_repro.errors import CheckpointError
 
 from .checks import Check, compared
 from .hugging_face import read_json
-from .manifest import recorded_options
+from .manifest import recorded_options, recorded_sha256
 from .source import CONFIG_ERRORS
 
 if TYPE_CHECKING:
@@ -101,11 +101,10 @@ def compare_configuration(source: Path, found: Any, again: Any, shapes: dict[str
     told = [f"{name} is {value}, not {expected}" for name, (value, expected) in differing.items()]
     fits = not differing.keys() & (shapes.keys() - {"rms_norm_eps", "rope_theta"})
     count = len(ours.keys() - _NOT_COMPARED)
-    named = "params.json" if shapes else "the source"
     return compared(
         "configuration",
         told,
-        f"{count} values are those of {named}",
+        f"{count} values are the source's",
         {"differing": {name: str(value) for name, (value, _) in differing.items()}, "shapes_fit": fits},
     )
 
@@ -141,6 +140,30 @@ def _rope(parameters: Any) -> Any:
 def samples(folder: Path) -> bool:
     """Whether generation samples, as a conversion sets it for chat models."""
     return bool(_generation(folder).get("do_sample"))
+
+
+def compare_code(folder: Path) -> Check:
+    """The Python files that `trust_remote_code=True` runs: what is computed here is computed by the package's."""
+    import hf_llama_repro
+
+    from .refresh import CODE
+    from .sums import file_sums
+
+    own = Path(hf_llama_repro.__file__)
+    others = [
+        name
+        for name in CODE
+        if (folder / name).is_file() and (folder / name).read_bytes() != own.with_name(name).read_bytes()
+    ]
+    edited = [
+        f"{name} was edited after it was written"
+        for name in others
+        if (noted := recorded_sha256(folder, name)) is not None and noted != file_sums(folder / name)["sha256"]
+    ]
+    if others and not edited:
+        why = f"{' and '.join(others)} of another version: renew with hf-llama-convert --refresh-code {folder}"
+        return Check("code", "not compared", why)
+    return compared("code", edited, "that of this package")
 
 
 def compare_generation(folder: Path, again: Path) -> Check:

@@ -1,6 +1,7 @@
 """The proof on every kind of folder that a conversion makes: right ones pass, and a fault planted in each is named."""
 
 import functools
+import hashlib
 import json
 import shutil
 
@@ -234,7 +235,7 @@ def scaled_positions(folder):
     change(folder / "config.json", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
 
 
-def a_bias_more(folder):
+def another_dropout(folder):
     change(folder / "config.json", attention_dropout=0.5)
 
 
@@ -266,6 +267,11 @@ def no_control_token(folder):
     path.write_text(json.dumps(content))
 
 
+def edited_code(folder):
+    path = folder / "modeling_llama_repro.py"
+    path.write_text(path.read_text().replace("F.silu", "F.gelu") + "\n")
+
+
 FAULTS = [
     ("base", swapped_ids, "tokenizer"),
     ("base", another_eos_in_the_configuration, "special ids"),
@@ -277,6 +283,7 @@ FAULTS = [
     ("base", another_dtype, "configuration"),
     ("base", control_tokens_taken_out_of_text, "tokenizer"),
     ("base", no_bos, "tokenizer"),
+    ("base", edited_code, "code"),
     ("chat", another_template, "chat template"),
     ("chat", no_template, "chat template"),
     ("chat", another_temperature, "generation"),
@@ -292,7 +299,7 @@ FAULTS = [
     ("tokenizer.model", swapped_ids, "tokenizer"),
     ("tokenizer.model", another_context, "context"),
     ("tokenizer.json", swapped_ids, "tokenizer"),
-    ("tokenizer.json", a_bias_more, "configuration"),
+    ("tokenizer.json", another_dropout, "configuration"),
     ("tokenizer.json", another_template, "chat template"),
     ("added tokens", no_control_token, "tokenizer"),
     ("added tokens", another_eos_of_the_tokenizer, "special ids"),
@@ -343,6 +350,20 @@ def test_what_nothing_tells_is_not_compared_and_the_proof_partial(made, tmp_path
     assert {line[13:27].strip() for line in lines if line.startswith("not compared ")} == names
     assert "partial: " in last
     assert not any(line.startswith("FAILED") for line in lines)
+
+
+def test_code_of_another_version_is_not_compared_by_the_proof(made, tmp_path):
+    source, conversion = made("tied")
+    code = copy_of(conversion, tmp_path) / "modeling_llama_repro.py"
+    code.write_text(code.read_text() + "# as of last year\n")
+    manifest = json.loads((tmp_path / "ours/manifest.json").read_text())
+    manifest["files"][code.name]["sha256"] = hashlib.sha256(code.read_bytes()).hexdigest()
+    (tmp_path / "ours/manifest.json").write_text(json.dumps(manifest))
+    check = outcomes(source, tmp_path / "ours")["code"]
+    assert check.outcome == "not compared"
+    assert "--refresh-code" in check.found
+    assert convert_command.main(["--refresh-code", str(tmp_path / "ours")]) == 0
+    assert outcomes(source, tmp_path / "ours")["code"].outcome == "ok"
 
 
 @pytest.mark.parametrize("kind", ["chat", "base", "tied", "tokenizer.model", "GGUF"])

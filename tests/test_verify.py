@@ -34,7 +34,7 @@ def converted(tmp_path_factory):
 
 CHECKS = [
     *("configuration", "context", "generation", "special ids", "tokenizer", "chat template"),
-    *("weights", "computation"),
+    *("code", "weights", "computation"),
 ]
 
 
@@ -52,7 +52,7 @@ def test_a_right_conversion_passes(tmp_path, heads, shards, model_type):
     convert(source, tmp_path / "ours", model_type=model_type)
     checks = verify(source, tmp_path / "ours", num_tokens=64)
     assert not failed(checks), table(checks)
-    assert [check.name for check in checks] == CHECKS
+    assert [check.name for check in checks] == [name for name in CHECKS if name != "code" or model_type != "llama"]
     figures = checks[-1].figures
     assert len(figures["hidden_relative"]) == 1 + 3
     assert 0 < max(figures["hidden_relative"]) < MAX_HIDDEN / 100
