@@ -13,7 +13,9 @@ def check_output_file(flag: str, path: Path | None) -> None:
     if os.path.isdir(path):
         raise InputError(f"{flag} {path} is a folder: name a file in it")
     if not os.path.isdir(path.parent):  # Path.is_dir raises where a name is too long
-        raise InputError(f"{flag} {path} cannot be written: there is no folder {path.parent}; make it, or name another file")
+        raise InputError(
+            f"{flag} {path} cannot be written: there is no folder {path.parent}; make it, or name another file"
+        )
     try:
         if os.path.lexists(path):
             path.open("ab").close()
