@@ -216,7 +216,7 @@ def new_folder(
     ):
         manifest = Manifest(folder, request)
         # The tokenizer first: it may be refused, and that is better known before hours of writing.
-        tokenizer_line = write_beside_weights(opened, folder, model_type)
+        tokenizer_line, opened = write_beside_weights(opened, folder, model_type)
         if ollama:
             _write_modelfile(folder, opened)
         written = write_weights(
@@ -232,12 +232,15 @@ def new_folder(
         manifest.complete(source_sums, opened.options)
 
 
-def write_beside_weights(opened: "Source", folder: Path, model_type: str) -> str:
-    """Tokenizer and configurations of a converted folder, which a proof writes again; a line on the tokenizer."""
+def write_beside_weights(opened: "Source", folder: Path, model_type: str) -> tuple[str, "Source"]:
+    """Tokenizer and configurations of a converted folder, which a proof writes again.
+
+    A line on the tokenizer comes back, and the source with what was decided.
+    """
     line = "none" if opened.tokenizer is None else _write_tokenizer(opened.tokenizer, folder, opened)
     _write_configuration(folder, opened.config, model_type)
     _write_generation_config(folder, opened)
-    return line
+    return line, opened
 
 
 def _read_files(opened: "Source") -> dict[Path, Any]:
