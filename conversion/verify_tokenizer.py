@@ -1,11 +1,12 @@
 """Compares the tokenizer of a converted folder with its source's own, and with one that is made of the source again.
 
+The latter comes first: what the converter refuses is not read here.
+
 The source's own encoder is the `sentencepiece` package for SentencePiece models (those in GGUF files are put together
 again), and the `tokenizers` package for tokenizer.json. Text that spells control tokens is compared twice: taken as
 text, which is what SentencePiece always does, and as the folder itself takes it.
 """
 
-import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .awkward_texts import AWKWARD_TEXTS, control_texts
 from .checks import Check, compared
+from .hugging_face import read_json
 from .tokenizer import SPACE
 
 if TYPE_CHECKING:
@@ -65,9 +67,9 @@ def references(source: Path) -> list[Reference]:
 
 
 def _sentencepiece_file(source: Path) -> Reference:
-    from .tokenizer import _load_sentencepiece
+    from sentencepiece import SentencePieceProcessor
 
-    processor = _load_sentencepiece(source)
+    processor = SentencePieceProcessor(model_file=str(source))
     special = _sentencepiece_special(processor)
     front = [] if special["bos"] is None else [special["bos"]]
     return _sentencepiece("SentencePiece", processor, front, [], special=special)
@@ -167,8 +169,7 @@ class _HuggingFace:
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return content if isinstance(content, dict) else {}
+        return read_json(path) if path.is_file() else {}
 
     def _special(self, id_of: Callable[[str], int | None]) -> dict[str, int | None]:
         named = {name: self.config.get(f"{name}_token") for name in ("bos", "eos", "unk")}
@@ -197,9 +198,9 @@ class _HuggingFace:
         )
 
     def sentencepiece(self) -> Reference:
-        from .tokenizer import _load_sentencepiece
+        from sentencepiece import SentencePieceProcessor
 
-        processor = _load_sentencepiece(self.folder / "tokenizer.model")
+        processor = SentencePieceProcessor(model_file=str(self.folder / "tokenizer.model"))
 
         def id_of(token: str) -> int | None:
             index = self.added.get(token, processor.piece_to_id(token))
