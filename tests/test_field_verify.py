@@ -416,13 +416,12 @@ def test_a_conversion_whose_proof_is_partial_is_written_and_says_so(tmp_path, mo
 
 
 def test_a_conversion_that_fails_its_proof_ends_with_the_code_of_another_source(tmp_path, monkeypatch, capsys):
-    from conversion import tokenizer
+    from conversion import meta as meta_files
 
-    monkeypatch.setattr(tokenizer, "_check_against", lambda *_: 0)
-    monkeypatch.setattr(tokenizer, "merges_by_score", lambda *_: [])
+    monkeypatch.setattr(meta_files, "to_half_split", lambda rows, heads: rows)
     source = meta(tmp_path)
     assert convert_command.main([str(source), str(tmp_path / "ours"), "--verify"]) == 1
-    assert "FAILED       tokenizer" in capsys.readouterr().err
+    assert "FAILED       weights" in capsys.readouterr().err
     assert not (tmp_path / "ours").exists()
 
 
