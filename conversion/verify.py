@@ -355,15 +355,16 @@ def _fill(module: Any, prefix: str, tensors: "dict[str, StoredTensor]") -> None:
 def _tokenizer_of(tokenizer: Path, source: Path, target: Path, again: Path, opened: "Source") -> list[Check]:
     """Checks of special ids, tokenizer and chat template. `again`: the folder with the tokenizer made once more."""
     from .tokenizer import load_tokenizer
+    from .tokenizer_reference import references
     from .verify_files import compare_special_ids
-    from .verify_tokenizer import compare_template, compare_tokenizer, references
+    from .verify_tokenizer import compare_template, compare_tokenizer
 
     found, expected = load_tokenizer(target, target), load_tokenizer(again, tokenizer)
     said = references(tokenizer)[0]
     return [
         compare_special_ids(target, again, source, (found, expected), said.special),
         compare_tokenizer(tokenizer, found, expected),
-        compare_template(said.template, found.chat_template, expected.chat_template, chat=opened.chat),
+        compare_template(said.templates, found.chat_template, expected.chat_template, chat=opened.chat),
     ]
 
 

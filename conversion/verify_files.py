@@ -208,14 +208,14 @@ def compare_special_ids(
                 held.setdefault(name, ours)
             if ours != theirs:
                 differences.append(f"{name} of {place} is {ours}, not {theirs}")
-            elif ours is not None and known.get(name) and _hashable(ours) not in known[name]:
+            elif ours is not None and known.get(name) and not known[name].issuperset(_listed(ours)):
                 differences.append(f"{name} of {place} is {ours}, which no file of the source says")
     told = ", ".join(f"{name} {value}" for name, value in held.items())
     return compared("special ids", differences, told or "none, as in the source")
 
 
-def _hashable(ids: Any) -> Any:
-    return tuple(ids) if isinstance(ids, list) else ids
+def _listed(ids: Any) -> list[Any]:
+    return ids if isinstance(ids, list) else [ids]
 
 
 def _source_ids(source: Path, said: dict[str, int | None]) -> dict[str, set[Any]]:
@@ -226,5 +226,5 @@ def _source_ids(source: Path, said: dict[str, int | None]) -> dict[str, set[Any]
         content = read_json(source / file) if (source / file).is_file() else {}
         for name in ("bos", "eos") if content else ():
             if (index := content.get(f"{name}_token_id", defaults.get(name))) is not None:
-                known.setdefault(name, set()).add(_hashable(index))
+                known.setdefault(name, set()).update(_listed(index))
     return known
