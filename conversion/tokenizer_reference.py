@@ -174,12 +174,12 @@ class _HuggingFace:
         return templates | {name: path.read_text(encoding="utf-8") for name, path in files.items()}
 
     def _special(self, id_of: Callable[[str], int | None]) -> dict[str, int | None]:
-        """Of BOS, EOS and UNK those that the files name; None for what they say is not there."""
-        named = {name: f"{name}_token" for name in ("bos", "eos", "unk")}
+        """Of BOS, EOS and UNK those that the files name; None for what they say is not there. Empty names say nothing."""
+        named = {name: self.config.get(f"{name}_token", "") for name in ("bos", "eos", "unk")}
         return {
-            name: None if self.config[key] is None else id_of(_content(self.config[key]))
-            for name, key in named.items()
-            if key in self.config
+            name: None if token is None else id_of(_content(token))
+            for name, token in named.items()
+            if token is None or _content(token)
         }
 
     def tokenizer_json(self, name: str = "tokenizer.json") -> Reference:
