@@ -195,7 +195,7 @@ def new_folder(
     ):
         manifest = Manifest(folder, request)
         # The tokenizer first: it may be refused, and that is better known before hours of writing.
-        tokenizer_line = "none" if opened.tokenizer is None else _write_tokenizer(opened.tokenizer, folder, opened)
+        tokenizer_line, opened = _write_tokenizer(folder, opened)
         if ollama:
             _write_modelfile(folder, opened)
         written = write_weights(
@@ -232,22 +232,28 @@ def _request(opened: "Source", options: list[Any]) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(tokenizer: Path, folder: Path, opened: "Source") -> str:
+def _write_tokenizer(folder: Path, opened: "Source") -> tuple[str, "Source"]:
+    """Write the tokenizer, if there is one; return a line on it, and the source with the special ids decided."""
+    from .special_ids import decide_special_ids
     from .tokenizer import convert_tokenizer, load_tokenizer
 
-    config = opened.config
-    line = convert_tokenizer(
-        tokenizer,
-        folder,
-        vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
-        chat=opened.chat,
-    )
-    if opened.token_ids_from_tokenizer:
-        loaded = load_tokenizer(folder, tokenizer)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, name, getattr(loaded, name))
-    return line
+    config, notes, line, tokenizer = opened.config, list(opened.notes), "none", None
+    if opened.tokenizer is not None:
+        line = convert_tokenizer(
+            opened.tokenizer,
+            folder,
+            vocab_size=config.vocab_size,
+            context_length=config.max_position_embeddings,
+            chat=opened.chat,
+            decide=notes.append,
+        )
+        tokenizer = load_tokenizer(folder, opened.tokenizer)
+    elif opened.chat:
+        notes.append("chat model: its sampling alone is written, for a chat template needs a tokenizer")
+    decided = decide_special_ids(opened, tokenizer)
+    for name, value in decided.config.items():
+        setattr(config, name, value)
+    return line, replace(opened, generation_config=decided.generation, notes=(*notes, *decided.notes))
 
 
 def _write_modelfile(folder: Path, opened: "Source") -> None:

@@ -28,6 +28,7 @@ from .tokenizer import (
     load_tokenizer,
     loaded,
     proof_texts,
+    read_json,
     read_sentencepiece,
     score_pipeline,
     summary,
@@ -39,9 +40,9 @@ from .tokenizer_settings import (
     ADDED_FILE,
     CONFIG_FILE,
     TokenizerSettings,
-    has_settings,
     named_tokens,
     read_settings,
+    settings_files,
     write_templates,
 )
 
@@ -61,7 +62,7 @@ def is_bare(source: Path) -> bool:
         return False
     if not (source / MODEL_FILE).is_file():
         raise CheckpointError(f"{source}: holds neither tokenizer.json nor tokenizer.model. {NO_TOKENIZER}")
-    return not has_settings(source)
+    return not settings_files(source)
 
 
 def convert_folder(
@@ -75,6 +76,16 @@ def convert_folder(
 
         return JsonConversion(file, target, settings, vocab_size, decide, is_named=file == source).convert(chat=chat)
     return _convert_model(settings, target, vocab_size, context_length, chat, decide)
+
+
+def count_tokens(folder: Path) -> int:
+    """Return how many rows the tokenizer of a folder needs."""
+    if (folder / JSON_FILE).is_file():
+        tokenizer = raw_tokenizer(read_json(folder / JSON_FILE), folder / JSON_FILE)
+        return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    pieces, _, _ = read_sentencepiece(folder / MODEL_FILE)
+    ignored: list[str] = []  # decided, and reported, when it is converted
+    return len(_with_settings(pieces, read_settings(folder, ignored.append), ignored.append).tokens)
 
 
 def _convert_model(

@@ -101,10 +101,10 @@ class TokenizerSettings:
         )
 
 
-def has_settings(folder: Path) -> bool:
-    """Whether a folder holds more of a tokenizer than tokenizer.model."""
-    files = (CONFIG_FILE, SPECIAL_FILE, ADDED_FILE, TEMPLATE_FILE, OLD_TEMPLATE_FILE)
-    return any((folder / name).is_file() for name in files) or (folder / TEMPLATE_FOLDER).is_dir()
+def settings_files(folder: Path) -> list[str]:
+    """Return the names of the files that say more on a tokenizer than its vocabulary."""
+    names = (CONFIG_FILE, SPECIAL_FILE, ADDED_FILE, TEMPLATE_FILE, OLD_TEMPLATE_FILE, TEMPLATE_FOLDER)
+    return [name for name in names if (folder / name).exists()]
 
 
 def read_settings(folder: Path, decide: Callable[[str], None]) -> TokenizerSettings:
