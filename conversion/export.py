@@ -204,7 +204,8 @@ def _beyond(tokenizer: Any, model_file: Path) -> str:
     ]
     found = []
     if added:
-        found.append(f"{len(added)} added tokens ({', '.join(added[:4])}{', …' if len(added) > 4 else ''})")
+        named = ", ".join([*added[:4], *(["…"] if len(added) > 4 else [])])
+        found.append(f"{len(added)} added token{'s' if len(added) > 1 else ''} ({named})")
     found += [
         f"{name.upper()} {getattr(tokenizer, f'{name}_token')}"
         for name in ("bos", "eos", "pad")

@@ -131,7 +131,7 @@ def _convert_model(
     added = [token for token in table.added or () if token.id >= len(pieces.tokens)]
     return (
         f"{summary('SentencePiece BPE', table)}"
-        + (f", {len(added)} added tokens" if added else "")
+        + (f", {len(added)} added token{'s' if len(added) > 1 else ''}" if added else "")
         + class_clause(settings.options.get("tokenizer_class"), FAITHFUL_CLASS)
         + f"; ids equal SentencePiece's on {len(texts):,} texts{spare_rows}"
     )
@@ -200,7 +200,12 @@ class Spaces:
                 f"{settings.folder / CONFIG_FILE}: add_prefix_space is false and legacy is not: transformers' slow "
                 "and fast classes disagree on what that means; set legacy to false, or remove add_prefix_space"
             )
-        if not spaces.legacy and any(not token.special for token in added):
+        if not spaces.legacy and not spaces.prefix:
+            decide(
+                "a space before a special token at the start of a text is kept (the slow class of transformers 4 drops "
+                "it)"
+            )
+        elif not spaces.legacy and any(not token.special for token in added):
             decide(
                 "no space is put before an added token at the start of a text, as by LlamaTokenizerFast (the slow "
                 "class of transformers 4 puts one before a token that is not special)"

@@ -153,7 +153,7 @@ def convert_tokenizer(
     tokenizer = build_tokenizer(table, score_pipeline(table, scores, dummy_prefix=dummy_prefix), source)
     texts = proof_texts(table, scores)
     tokenizer.encode_special_tokens = True  # the state of this object only: it is not saved
-    check_ids(tokenizer, texts, load_sentencepiece(source).encode(texts), source)
+    check_ids(tokenizer, texts, _load_sentencepiece(source).encode(texts), source)
     tokenizer.encode_special_tokens = False
     write_tokenizer(target, table, tokenizer, context_length=context_length)
     shutil.copyfile(source, target / "tokenizer.model")
@@ -222,7 +222,7 @@ def _pieces(table: TokenTable, kind: int) -> dict[str, int]:
     return {table.tokens[index]: index for index, found in enumerate(table.kinds) if found == kind}
 
 
-def load_sentencepiece(source: Path) -> "SentencePieceProcessor":
+def _load_sentencepiece(source: Path) -> "SentencePieceProcessor":
     from sentencepiece import SentencePieceProcessor
 
     if source.stat().st_size == 0:  # which sentencepiece takes for "no file given"
@@ -255,7 +255,7 @@ def _looks_like(source: Path) -> str:
 
 def read_sentencepiece(source: Path) -> tuple[TokenTable, list[float], bool]:
     """Return the pieces, their scores, and whether a space is put before every text."""
-    processor = load_sentencepiece(source)
+    processor = _load_sentencepiece(source)
     try:
         table = _sentencepiece_table(processor)
     except UnicodeDecodeError as error:
@@ -330,7 +330,8 @@ def describe_spare_rows(ids: Mapping[str, int], vocab_size: int, source: Path) -
         raise CheckpointError(
             f"{source}: {count:,} tokens, but the model's embedding has {vocab_size:,} rows: {cause}. {NO_TOKENIZER}"
         )
-    return f"; the embedding has {vocab_size - count:,} rows more, without tokens" if count < vocab_size else ""
+    spare = vocab_size - count
+    return f"; the embedding has {spare:,} row{'s' if spare > 1 else ''} more, without tokens" if spare else ""
 
 
 def build_tokenizer(table: TokenTable, pipeline: Pipeline, source: Path) -> "Tokenizer":
@@ -415,7 +416,7 @@ def check_ids(tokenizer: "Tokenizer", texts: list[str], expected: list[list[int]
             raise CheckpointError(
                 f"{source}: this SentencePiece model cannot be brought over exactly: {text[:80]!r} should give "
                 f"{right[:20]}, not {ids[:20]}. LLaMA's is of the type BPE, with byte fallback, and normalises "
-                f"nothing; this one looks like {_deviation(load_sentencepiece(source))}. {NO_TOKENIZER}"
+                f"nothing; this one looks like {_deviation(_load_sentencepiece(source))}. {NO_TOKENIZER}"
             )
 
 

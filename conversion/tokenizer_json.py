@@ -275,19 +275,23 @@ class JsonConversion:
         before = self.options.get("tokenizer_class")
         if before is not None:
             self._write_options()
-            try:
-                if (
-                    before in _FAITHFUL_CLASSES
-                    or first_differing(opened(self.target, self.file), self.target, texts) is None
-                ):
-                    return ""
-            except CheckpointError:  # a class that is not there, or whose code would have to be run
-                pass
+            if before in _FAITHFUL_CLASSES or self._opens_as(before, texts):
+                return ""
         self.options["tokenizer_class"] = FAITHFUL_CLASS
         if self.options.pop("auto_map", None):
             self.decide(f"auto_map of {CONFIG_FILE} is left out: a tokenizer's own code is not run")
         self._write_options()
         return class_clause(before or "unnamed", FAITHFUL_CLASS)
+
+    def _opens_as(self, name: str, texts: list[str]) -> bool:
+        """Whether AutoTokenizer has the class, without a folder's own code, and it gives the ids of tokenizer.json."""
+        try:
+            found = opened(self.target, self.file)
+        except CheckpointError:
+            return False
+        return type(found).__name__ == str(name).removesuffix("Fast") and (
+            first_differing(found, self.target, texts) is None
+        )
 
     def _write_options(self) -> None:
         file = self.settings.folder / CONFIG_FILE

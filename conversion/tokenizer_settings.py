@@ -201,7 +201,9 @@ def _special_token(
         if key in source:
             token = _fields(source[key], f"{folder / file}: {key}")
             if token is not None and not token["content"]:
-                continue  # as the first public conversions have it: no answer
+                # As the first public conversions of LLaMA have it.
+                decide(f"{key} is empty in {file}, and taken as not given")
+                continue
             found[file] = token
     if not found:
         return {}
