@@ -353,7 +353,9 @@ def build_tokenizer(table: TokenTable, pipeline: Pipeline, source: Path) -> "Tok
         "added_tokens": [{**asdict(token), "single_word": False, "normalized": False} for token in added],
         "normalizer": pipeline.normalizer,
         "pre_tokenizer": pipeline.pre_tokenizer,
-        "post_processor": build_post_processor(table, source),
+        "post_processor": build_post_processor(
+            dict(enumerate(table.tokens)), (table.add_bos, table.bos_id), (table.add_eos, table.eos_id), source
+        ),
         "decoder": pipeline.decoder,
         "model": pipeline.model,
     }
@@ -378,16 +380,17 @@ def loaded(load: Callable[[], Any], source: Path) -> Any:
         raise CheckpointError(f"{source}: not a tokenizer that can be loaded ({reason}). {NO_TOKENIZER}") from None
 
 
-def build_post_processor(table: TokenTable, source: Path) -> dict[str, Any]:
-    """One BOS in front of each text and EOS behind it, as far as the table wants them."""
-    front = [table.bos_id] if table.add_bos else []
-    end = [table.eos_id] if table.add_eos else []
+def build_post_processor(
+    names: Mapping[int, str], bos: tuple[bool, int | None], eos: tuple[bool, int | None], source: Path
+) -> dict[str, Any]:
+    """One BOS in front of each text and EOS behind it, as far as (wanted, id) say so. `names`: id -> token."""
+    front, end = ([index] if wanted else [] for wanted, index in (bos, eos))
     ids = [index for index in front + end if index is not None]
     if len(ids) < len(front + end):
         raise CheckpointError(f"{source}: wants BOS or EOS to be added, but names no id for it. {NO_TOKENIZER}")
 
     def part(letter: str, number: int) -> list[dict[str, Any]]:
-        special = [{"SpecialToken": {"id": table.tokens[index], "type_id": number}} for index in ids]
+        special = [{"SpecialToken": {"id": names[index], "type_id": number}} for index in ids]
         return [*special[: len(front)], {"Sequence": {"id": letter, "type_id": number}}, *special[len(front) :]]
 
     return {
@@ -395,8 +398,7 @@ def build_post_processor(table: TokenTable, source: Path) -> dict[str, Any]:
         "single": part("A", 0),
         "pair": part("A", 0) + part("B", 1),
         "special_tokens": {
-            table.tokens[index]: {"id": table.tokens[index], "ids": [index], "tokens": [table.tokens[index]]}
-            for index in ids
+            names[index]: {"id": names[index], "ids": [index], "tokens": [names[index]]} for index in ids
         },
     }
 

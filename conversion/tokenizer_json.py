@@ -225,19 +225,9 @@ class JsonConversion:
             return
         goes_by_flags = self.options.get("tokenizer_class") not in (None, *_FAITHFUL_CLASSES)
         if goes_by_flags:
-            table = TokenTable(
-                tokens={index: token for token, index in self._vocabulary().items()},
-                kinds=(),
-                unk_id=None,
-                bos_id=self.ids["bos"],
-                eos_id=self.ids["eos"],
-                pad_id=None,
-                add_bos=says["bos"],
-                add_eos=says["eos"],
-                chat_template=None,
-                splits_special_tokens=False,
-            )
-            self.content = {**self.content, "post_processor": build_post_processor(table, self.file)}
+            names = {index: token for token, index in self._vocabulary().items()}
+            bos, eos = ((says[name], self.ids[name]) for name in ("bos", "eos"))
+            self.content = {**self.content, "post_processor": build_post_processor(names, bos, eos, self.file)}
         else:
             self.options |= {f"add_{name}_token": done for name, done in does.items()}
         for name in (name for name in does if does[name] != says[name]):

@@ -196,7 +196,7 @@ def _special_token(
     prefer_map: bool,
 ) -> dict[str, dict[str, Any] | None]:
     """Return the one entry of a special token, or none. Newer folders keep them in tokenizer_config.json alone."""
-    found = {}
+    found: dict[str, dict[str, Any] | None] = {}
     for file, source in ((CONFIG_FILE, options), (SPECIAL_FILE, special_map)):
         if key in source:
             token = _fields(source[key], f"{folder / file}: {key}")
@@ -208,7 +208,7 @@ def _special_token(
     if not found:
         return {}
     chosen = SPECIAL_FILE if SPECIAL_FILE in found and (prefer_map or CONFIG_FILE not in found) else CONFIG_FILE
-    contents = {file: token and token["content"] for file, token in found.items()}
+    contents = {file: token["content"] if token else None for file, token in found.items()}
     if len(set(contents.values())) > 1:
         decide(f"{key} {contents[chosen]!r}, as {chosen} says and transformers reads; " + _others(contents, chosen))
     return {name: found[chosen]}
