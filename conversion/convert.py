@@ -327,7 +327,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto (default): the source's")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, tokenizer.json or .gguf to use"
+        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, tokenizer.json, .gguf or folder to use"
     )
     parser.add_argument("--no-tokenizer", dest="with_tokenizer", action="store_false", help="write none")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")

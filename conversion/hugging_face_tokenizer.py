@@ -241,7 +241,7 @@ def expected_ids(
         model, () if table.splits_special_tokens else added, legacy=spaces.legacy, prefix=spaces.prefix
     )
     texts = [*proof_texts(table, scores), *texts_with(added)]
-    return texts, [reference.encode(text) for text in texts]
+    return texts, reference.encode(texts)
 
 
 def check_opened(target: Path, texts: list[str], source: Path) -> Any:

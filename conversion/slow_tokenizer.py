@@ -6,7 +6,7 @@ https://github.com/huggingface/transformers/blob/v4.57.1/src/transformers/tokeni
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -45,8 +45,16 @@ class SlowTokenizer:
         contents = sorted(self._added, key=len, reverse=True)  # the longest of those that begin alike
         self._pattern = re.compile("(" + "|".join(map(re.escape, contents)) + ")") if contents else None
 
-    def encode(self, text: str) -> list[int]:
-        """Ids without BOS and EOS."""
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without BOS and EOS."""
+        parts = [self._parts(text) for text in texts]
+        plain = {part for listed in parts for part in listed if part not in self._added}
+        ids = dict(zip(plain, self._processor.encode(list(plain)), strict=True))
+        ids |= {content: [token.id] for content, token in self._added.items()}
+        return [[index for part in listed for index in ids[part]] for listed in parts]
+
+    def _parts(self, text: str) -> list[str]:
+        """Added tokens, and what lies between them for SentencePiece."""
         if not text:
             return []
         if not self._legacy:
@@ -55,11 +63,7 @@ class SlowTokenizer:
         self._strip(parts)
         if not self._legacy and parts[0] == SPACE and len(parts) > 1:
             parts[0] = ""  # no leading space before an added token
-        ids: list[int] = []
-        for part in filter(None, parts):
-            added = self._added.get(part)
-            ids += [added.id] if added else self._processor.encode(part)
-        return ids
+        return [part for part in parts if part]
 
     def _strip(self, parts: list[str]) -> None:
         """Remove the white space that added tokens take with them. Odd places are added tokens."""
