@@ -237,7 +237,7 @@ def write_beside_weights(opened: "Source", folder: Path, model_type: str) -> tup
 
     A line on the tokenizer comes back, and the source with what was decided.
     """
-    line = "none" if opened.tokenizer is None else _write_tokenizer(opened.tokenizer, folder, opened)
+    line, opened = _write_tokenizer(folder, opened)
     _write_configuration(folder, opened.config, model_type)
     _write_generation_config(folder, opened)
     return line, opened
@@ -262,22 +262,28 @@ def _request(opened: "Source", options: list[Any]) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(tokenizer: Path, folder: Path, opened: "Source") -> str:
+def _write_tokenizer(folder: Path, opened: "Source") -> tuple[str, "Source"]:
+    """Write the tokenizer, if there is one; return a line on it, and the source with the special ids decided."""
+    from .special_ids import decide_special_ids
     from .tokenizer import convert_tokenizer, load_tokenizer
 
-    config = opened.config
-    line = convert_tokenizer(
-        tokenizer,
-        folder,
-        vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
-        chat=opened.chat,
-    )
-    if opened.token_ids_from_tokenizer:
-        loaded = load_tokenizer(folder, tokenizer)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, name, getattr(loaded, name))
-    return line
+    config, notes, line, tokenizer = opened.config, list(opened.notes), "none", None
+    if opened.tokenizer is not None:
+        line = convert_tokenizer(
+            opened.tokenizer,
+            folder,
+            vocab_size=config.vocab_size,
+            context_length=config.max_position_embeddings,
+            chat=opened.chat,
+            decide=notes.append,
+        )
+        tokenizer = load_tokenizer(folder, opened.tokenizer)
+    elif opened.chat:
+        notes.append("chat model: its sampling alone is written, for a chat template needs a tokenizer")
+    decided = decide_special_ids(opened, tokenizer)
+    for name, value in decided.config.items():
+        setattr(config, name, value)
+    return line, replace(opened, generation_config=decided.generation, notes=(*notes, *decided.notes))
 
 
 def _write_modelfile(folder: Path, opened: "Source") -> None:
@@ -352,7 +358,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto (default): the source's")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, tokenizer.json or .gguf to use"
+        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, tokenizer.json, .gguf or folder to use"
     )
     parser.add_argument("--no-tokenizer", dest="with_tokenizer", action="store_false", help="write none")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")

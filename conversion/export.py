@@ -35,7 +35,7 @@ def export(
     overwrite: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Writes `target` from whatever `open_source` opens, whole or not at all; returns a line that says what.
+    """Writes `target` from whatever `open_source` opens, whole or not at all; returns lines on what was done.
 
     The dtype is kept; in memory are two tensors at a time. `tell` is given a line on the space needed, before anything
     is written. Raises `CheckpointError` when Meta's layout cannot hold the model, or not in so many shards.
@@ -59,11 +59,12 @@ def export(
         whole_or_nothing(target, model, overwrite=overwrite, num_bytes=num_bytes, tell=tell) as folder,
         summed(source.files) as sums,
     ):
-        tokenizer_line = _write_tokenizer(source, folder) if with_tokenizer else "none"
+        tokenizer_line, notes = _write_tokenizer(source, folder) if with_tokenizer else ("none", [])
         write_json(folder / "params.json", params(config, has_tokenizer_model=(folder / "tokenizer.model").is_file()))
         _write_shards(folder, tensors, source, shards, sums.advance)
         Manifest(folder, None).complete(sums.result())
-    return f"written    {target}: {shards} shard(s), {num_bytes / 1e9:.2f} GB; tokenizer: {tokenizer_line}"
+    written = f"written    {target}: {shards} shard(s), {num_bytes / 1e9:.2f} GB; tokenizer: {tokenizer_line}"
+    return "\n".join([written, *(f"decided    {note}" for note in notes)])
 
 
 def _write_shards(
@@ -161,21 +162,58 @@ def _ffn_rule(dim: int, width: int) -> tuple[int, float | None]:
     return 1, (width + 0.5) / ffn_size(dim, 1)
 
 
-def _write_tokenizer(source: "Source", folder: Path) -> str:
+def _write_tokenizer(source: "Source", folder: Path) -> tuple[str, list[str]]:
+    """Write tokenizer.model, and the Hugging Face files where the model has more than that; return lines on them."""
     import shutil
 
-    from .tokenizer import convert_tokenizer
+    from .tokenizer import convert_tokenizer, load_tokenizer
 
-    if source.tokenizer is None:
-        return "none found"
-    model_file = source.tokenizer if source.tokenizer.is_file() else source.tokenizer / "tokenizer.model"
-    if model_file.name == "tokenizer.model" and model_file.is_file():
-        shutil.copyfile(model_file, folder / "tokenizer.model")
-        return "tokenizer.model"
-    config = source.config
-    return convert_tokenizer(
-        source.tokenizer, folder, vocab_size=config.vocab_size, context_length=config.max_position_embeddings
+    tokenizer, config = source.tokenizer, source.config
+    if tokenizer is None:
+        return "none found", []
+    if tokenizer.name == "tokenizer.model":
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+        return "tokenizer.model", []
+    notes: list[str] = []
+    line = convert_tokenizer(
+        tokenizer,
+        folder,
+        vocab_size=config.vocab_size,
+        context_length=config.max_position_embeddings,
+        decide=notes.append,
     )
+    model_file = folder / "tokenizer.model"
+    if not model_file.is_file():
+        return f"{line}; there is no tokenizer.model, which Meta's loaders need", notes
+    if extra := _beyond(load_tokenizer(folder, tokenizer), model_file):
+        return f"tokenizer.model, which cannot hold {extra}: Hugging Face's files beside it do", notes
+    for path in folder.iterdir():
+        if path != model_file:
+            path.unlink()
+    return "tokenizer.model", notes
+
+
+def _beyond(tokenizer: Any, model_file: Path) -> str:
+    """Describe what a tokenizer has that its SentencePiece model does not."""
+    from .tokenizer import read_sentencepiece
+
+    pieces, _, _ = read_sentencepiece(model_file)
+    added = [
+        token.content
+        for index, token in sorted(tokenizer.added_tokens_decoder.items())
+        if pieces.ids.get(token.content) != index
+    ]
+    found = []
+    if added:
+        named = ", ".join([*added[:4], *(["…"] if len(added) > 4 else [])])
+        found.append(f"{len(added)} added token{'s' if len(added) > 1 else ''} ({named})")
+    found += [
+        f"{name.upper()} {getattr(tokenizer, f'{name}_token')}"
+        for name in ("bos", "eos", "pad")
+        if getattr(tokenizer, f"{name}_token_id") not in (None, getattr(pieces, f"{name}_id"))
+    ]
+    found += ["the chat template"] if tokenizer.chat_template else []
+    return ", ".join(found)
 
 
 def build_parser() -> argparse.ArgumentParser:

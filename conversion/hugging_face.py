@@ -14,6 +14,7 @@ from hf_llama_repro.llama_folder import MODEL_TYPES, architecture
 
 from .keys import DTYPES, EMBEDDING, OUR_FREQUENCIES, OUTPUT, check_layers, check_names, our_shapes
 from .source import CONFIG_ERRORS, Source, StoredTensor, is_file, promoted
+from .special_ids import without_foreign_padding
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _MAX_LABELS = 1_000_000
@@ -36,17 +37,17 @@ def open_hugging_face(folder: Path, *, dequantize: bool = False) -> Source:
                 f"{folder} is quantized ({described.get('quant_method')}){known}: "
                 "convert the 16- or 32-bit weights that it was made from"
             )
+    fields, notes = without_foreign_padding(fields)
     tensors, files = _tensors(folder, dequantize=bool(quantization))
     config = _config(folder / "config.json", fields, promoted(tensors.values()))
     check_layers(tensors, config, folder, "config.json")
-    notes: tuple[str, ...] = ()
     if config.tie_word_embeddings and {OUTPUT, EMBEDDING} <= set(tensors):
         # As transformers loads it: different matrices are not tied, whatever config.json says.
         if torch.equal(tensors[OUTPUT].read(), tensors[EMBEDDING].read()):
             del tensors[OUTPUT]
         else:
             config.tie_word_embeddings = False
-            notes = ("output matrix differs from the embedding: not tied, though config.json says so",)
+            notes = (*notes, "output matrix differs from the embedding: not tied, though config.json says so")
     shapes = our_shapes(config)
     check_names(set(tensors), set(shapes), str(folder))
     for name, shape in shapes.items():

@@ -189,17 +189,18 @@ def delta(pair: "Pair") -> "torch.Tensor":
 
 def _tokenizer(adapter: "Adapter", base: "Source") -> tuple[Path | None, str]:
     """The adapter's if it has one that fits, for the training may have added a token; and what was decided."""
-    from tokenizers import Tokenizer
+    from .hugging_face import TOKENIZER_FILES
+    from .hugging_face_tokenizer import count_tokens
+    from .tokenizer_settings import settings_files
 
-    file = adapter.folder / "tokenizer.json"
-    if not file.is_file():
-        return base.tokenizer, ""
+    if not any((adapter.folder / name).is_file() for name in TOKENIZER_FILES):
+        lone = ", ".join(settings_files(adapter.folder))
+        note = f"tokenizer of the base: {lone} of the adapter's folder come without {' or '.join(TOKENIZER_FILES)}"
+        return base.tokenizer, note if lone else ""
     try:
-        tokens = max(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    except Exception as error:  # tokenizers raises nothing more special
-        raise CheckpointError(
-            f"{file} is no tokenizer that can be read ({error}): remove it, or bring it again"
-        ) from None
+        tokens = count_tokens(adapter.folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"the adapter's tokenizer cannot be used: {error} Or remove it") from None
     if tokens > base.config.vocab_size:
         return (
             base.tokenizer,

@@ -78,7 +78,7 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
     tokenizer = _tokenizer(folder)
     if chat is None:
         chat = bool(re.search(r"(^|[-_. ])chat($|[-_. ])", folder.resolve().name.lower()))
-        if tokenizer is not None and tokenizer.name == "tokenizer.model":
+        if tokenizer is not None and (tokenizer.is_file() or (tokenizer / "tokenizer.model").is_file()):
             kind = "chat" if chat else "base"
             notes.append(f"{kind} model, going by the folder's name (--chat or --no-chat says otherwise)")
     return Source(
@@ -414,9 +414,13 @@ def _is_tied(embedding: list[torch.Tensor], output: list[torch.Tensor]) -> bool:
 
 
 def _tokenizer(folder: Path) -> Path | None:
-    """tokenizer.model in the folder or one level up, or a Hugging Face tokenizer in the folder."""
+    """tokenizer.model in the folder or one level up; the folder where it holds a Hugging Face tokenizer."""
+    from .tokenizer_settings import settings_files
+
     folder = folder.resolve()
-    for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model"):
-        if path.is_file():
-            return path
-    return folder if (folder / "tokenizer.json").is_file() else None
+    own = (folder / "tokenizer.model").is_file()
+    if (folder / "tokenizer.json").is_file() or (own and settings_files(folder)):
+        return folder
+    return next(
+        (path for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model") if path.is_file()), None
+    )

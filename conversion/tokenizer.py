@@ -11,22 +11,24 @@ import math
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hf_llama_repro.errors import CheckpointError
 
 from .awkward_texts import AWKWARD_TEXTS
+from .slow_tokenizer import SPACE, AddedToken
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
 
 NO_TOKENIZER = "Give another file with `--tokenizer FILE`, or convert without one: `--no-tokenizer`."
-SPACE = "▁"
+_SHOWN = 4
 _MAX_PIECE = 1000
 """Characters; LLaMA's longest piece has 16, and all ways to cut one in two are looked at."""
 
@@ -67,19 +69,6 @@ LLAMA2_CHAT_TEMPLATE = r"""
 {%- endfor -%}
 """.lstrip("\n")
 
-# Files of a Hugging Face folder that make up its tokenizer, besides tokenizer.json and tokenizer_config.json.
-_COPIED_FILES = (
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-# These classes keep only vocabulary and merges of tokenizer.json and make up the rest.
-_REBUILDING_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTable:
@@ -96,6 +85,12 @@ class TokenTable:
     chat_template: str | None
     splits_special_tokens: bool
     """Text that spells a control token stays text; a chat template could not write control tokens then."""
+    added: tuple[AddedToken, ...] | None = None
+    """What is matched in texts; None: the control and user-defined tokens."""
+
+    @property
+    def ids(self) -> dict[str, int]:
+        return {token: index for index, token in enumerate(self.tokens)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,52 +103,61 @@ class Pipeline:
     model: dict[str, Any]
 
 
-def convert_tokenizer(source: Path, target: Path, *, vocab_size: int, context_length: int, chat: bool = False) -> str:
-    """Write into the existing folder `target` a tokenizer for stock AutoTokenizer; one line for humans comes back.
+def convert_tokenizer(
+    source: Path,
+    target: Path,
+    *,
+    vocab_size: int,
+    context_length: int,
+    chat: bool = False,
+    decide: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Write into the existing folder `target` a tokenizer for stock AutoTokenizer; return one line for humans.
 
     `source` is a SentencePiece model, a GGUF file, a Hugging Face folder or its tokenizer.json. `vocab_size` is the
     number of rows of the model's embedding, `context_length` is in tokens. `chat` gives LLaMA 2's chat template to a
-    SentencePiece tokenizer that has none; other tokenizers keep what they have.
+    tokenizer of LLaMA's kind that has none. `decide` is given a line on each choice between contradicting files, and
+    on what is not used.
 
     Text that spells `<s>` stays text, as in SentencePiece (`split_special_tokens`), except where there is a chat
-    template: it writes BOS and EOS as text, and LLaMA 2's refuses messages that spell them.
+    template, which writes BOS and EOS as text (LLaMA 2's refuses messages that spell them), and in a Hugging Face
+    folder that does not ask for it.
 
-    Raises CheckpointError where the source is not a tokenizer, has more tokens than the embedding has rows, or cannot
+    Raise CheckpointError where the source is not a tokenizer, has more tokens than the embedding has rows, or cannot
     be brought over with equal ids.
     """
     if not source.exists():
         raise CheckpointError(f"{source}: no such file. {NO_TOKENIZER}")
-    if source.is_dir() and not (source / "tokenizer.json").exists():
-        if not (source / "tokenizer.model").exists():
-            raise CheckpointError(f"{source}: holds neither tokenizer.json nor tokenizer.model. {NO_TOKENIZER}")
-        source = source / "tokenizer.model"
     if source.is_dir() or source.suffix == ".json":
-        return _copy_hugging_face(source, target, vocab_size=vocab_size)
+        from .hugging_face_tokenizer import convert_folder, is_bare
+
+        if not is_bare(source):
+            return convert_folder(
+                source, target, vocab_size=vocab_size, context_length=context_length, chat=chat, decide=decide
+            )
+        source = source / "tokenizer.model"
     if source.suffix == ".gguf" or _first_bytes(source, 4) == b"GGUF":
         from .gguf_tokenizer import read_gguf_tokenizer
 
         kind, table, pipeline = read_gguf_tokenizer(source)
-        if chat and table.chat_template is None and pipeline.model["byte_fallback"]:
-            table = _with_llama2_chat(table, source)
-        spare_rows = _spare_rows(len(table.tokens), vocab_size, source)
-        _write(target, table, _tokenizer(table, pipeline, source), context_length=context_length)
-        return _summary(kind, table) + spare_rows
+        if chat:
+            table = with_llama2_chat(table, source, decide, byte_fallback=pipeline.model["byte_fallback"])
+        spare_rows = describe_spare_rows(table.ids, vocab_size, source)
+        write_tokenizer(target, table, build_tokenizer(table, pipeline, source), context_length=context_length)
+        return summary(kind, table) + spare_rows
 
-    processor = _load_sentencepiece(source)
-    spare_rows = _spare_rows(len(processor), vocab_size, source)
-    try:
-        table = _sentencepiece_table(processor)
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{source}: a piece is not UTF-8 ({error}). Download it again. {NO_TOKENIZER}") from error
+    table, scores, dummy_prefix = read_sentencepiece(source)
+    spare_rows = describe_spare_rows(table.ids, vocab_size, source)
     if chat:
-        table = _with_llama2_chat(table, source)
-    scores = [processor.get_score(index) for index in range(len(processor))]
-    dummy_prefix = processor.normalize("a").startswith(SPACE)
-    tokenizer = _tokenizer(table, score_pipeline(table, scores, dummy_prefix=dummy_prefix), source)
-    checked = _check_against(processor, tokenizer, table, scores, source)
-    _write(target, table, tokenizer, context_length=context_length)
+        table = with_llama2_chat(table, source, decide)
+    tokenizer = build_tokenizer(table, score_pipeline(table, scores, dummy_prefix=dummy_prefix), source)
+    texts = proof_texts(table, scores)
+    tokenizer.encode_special_tokens = True  # the state of this object only: it is not saved
+    check_ids(tokenizer, texts, _load_sentencepiece(source).encode(texts), source)
+    tokenizer.encode_special_tokens = False
+    write_tokenizer(target, table, tokenizer, context_length=context_length)
     shutil.copyfile(source, target / "tokenizer.model")
-    return f"{_summary('SentencePiece BPE', table)}; ids equal SentencePiece's on {checked:,} texts{spare_rows}"
+    return f"{summary('SentencePiece BPE', table)}; ids equal SentencePiece's on {len(texts):,} texts{spare_rows}"
 
 
 def score_pipeline(table: TokenTable, scores: Sequence[float], *, dummy_prefix: bool) -> Pipeline:
@@ -191,7 +195,7 @@ def score_pipeline(table: TokenTable, scores: Sequence[float], *, dummy_prefix: 
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
-            "vocab": {token: index for index, token in enumerate(table.tokens)},
+            "vocab": table.ids,
             "merges": [[left, right] for _, left, right in merges_by_score(table, scores)],
         },
     )
@@ -249,6 +253,17 @@ def _looks_like(source: Path) -> str:
     return "a damaged or foreign file; download it again"
 
 
+def read_sentencepiece(source: Path) -> tuple[TokenTable, list[float], bool]:
+    """Return the pieces, their scores, and whether a space is put before every text."""
+    processor = _load_sentencepiece(source)
+    try:
+        table = _sentencepiece_table(processor)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{source}: a piece is not UTF-8 ({error}). Download it again. {NO_TOKENIZER}") from error
+    scores = [processor.get_score(index) for index in range(len(processor))]
+    return table, scores, processor.normalize("a").startswith(SPACE)
+
+
 def _sentencepiece_table(processor: "SentencePieceProcessor") -> TokenTable:
     def kind(index: int) -> int:
         if processor.is_unknown(index):
@@ -257,7 +272,7 @@ def _sentencepiece_table(processor: "SentencePieceProcessor") -> TokenTable:
             return CONTROL
         if processor.is_byte(index):
             return BYTE
-        # The API does not tell user-defined pieces from normal ones: `_check_against` finds them out.
+        # The API does not tell user-defined pieces from normal ones: `check_ids` finds them out.
         return UNUSED if processor.is_unused(index) else NORMAL
 
     def id_or_none(index: int) -> int | None:
@@ -278,63 +293,83 @@ def _sentencepiece_table(processor: "SentencePieceProcessor") -> TokenTable:
     )
 
 
-def _with_llama2_chat(table: TokenTable, source: Path) -> TokenTable:
-    if table.bos_id is None or table.eos_id is None:
-        raise CheckpointError(f"{source}: has no BOS or no EOS, which LLaMA 2's chat template needs")
-    control = [table.tokens[index] for index in (table.bos_id, table.eos_id, table.unk_id) if index is not None]
-    refused = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", *control]
-    template = LLAMA2_CHAT_TEMPLATE.replace("REFUSED_TAGS", json.dumps(refused))
-    return replace(table, chat_template=template, splits_special_tokens=False)
-
-
-def _spare_rows(tokens: int, vocab_size: int, source: Path) -> str:
-    """Nothing, or what to say about an embedding that was padded or enlarged. Raises where tokens have no row."""
-    if tokens > vocab_size:
+def with_llama2_chat(
+    table: TokenTable, source: Path, decide: Callable[[str], None], *, byte_fallback: bool = True
+) -> TokenTable:
+    """Add LLaMA 2's chat template, unless there is one; only LLaMA's kind of tokenizer has `byte_fallback`."""
+    if table.chat_template is not None:
+        decide("chat template: the tokenizer's own, not LLaMA 2's")
+        return table
+    if not byte_fallback or table.bos_id is None or table.eos_id is None:
         raise CheckpointError(
-            f"{source}: {tokens:,} tokens, but the model's embedding has {vocab_size:,} rows: "
-            f"the tokenizer belongs to another model. {NO_TOKENIZER}"
+            f"{source}: a chat model's tokenizer without a chat template, and LLaMA 2's template is for LLaMA's "
+            "SentencePiece tokenizer with BOS and EOS, which this is not: name one that has a template by "
+            "--tokenizer, or convert with --no-chat"
         )
-    return f"; the embedding has {vocab_size - tokens:,} rows more, without tokens" if tokens < vocab_size else ""
+    control = [table.tokens[index] for index in (table.bos_id, table.eos_id, table.unk_id) if index is not None]
+    return replace(table, chat_template=llama2_template(control), splits_special_tokens=False)
 
 
-def _tokenizer(table: TokenTable, pipeline: Pipeline, source: Path) -> "Tokenizer":
+def llama2_template(control: Sequence[str]) -> str:
+    """Return LLaMA 2's chat template, which refuses the tags and the `control` tokens in messages."""
+    refused = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", *control]
+    return LLAMA2_CHAT_TEMPLATE.replace("REFUSED_TAGS", json.dumps(refused))
+
+
+def describe_spare_rows(ids: Mapping[str, int], vocab_size: int, source: Path) -> str:
+    """Return nothing, or a clause on an embedding that was padded or enlarged. Raise where tokens have no row."""
+    count = max(ids.values(), default=-1) + 1
+    if count > vocab_size:
+        without = [token for token, index in ids.items() if index >= vocab_size]
+        cause = (
+            f"{', '.join(map(repr, without))} {'has' if len(without) == 1 else 'have'} no row (added without resizing "
+            "the embedding?): remove from the tokenizer's files what the model was not trained with"
+            if len(without) <= _SHOWN
+            else "the tokenizer belongs to another model"
+        )
+        raise CheckpointError(
+            f"{source}: {count:,} tokens, but the model's embedding has {vocab_size:,} rows: {cause}. {NO_TOKENIZER}"
+        )
+    spare = vocab_size - count
+    return f"; the embedding has {spare:,} row{'s' if spare > 1 else ''} more, without tokens" if spare else ""
+
+
+def build_tokenizer(table: TokenTable, pipeline: Pipeline, source: Path) -> "Tokenizer":
+    """Return what tokenizer.json describes."""
     from tokenizers import Tokenizer
 
-    added = [
-        {
-            "id": index,
-            "content": table.tokens[index],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind != USER_DEFINED,
-        }
-        for index, kind in enumerate(table.kinds)
-        if kind in (CONTROL, USER_DEFINED) or (kind == UNKNOWN and index == table.unk_id)
-    ]
+    added = table.added
+    if added is None:
+        added = tuple(
+            AddedToken(id=index, content=table.tokens[index], special=kind != USER_DEFINED)
+            for index, kind in enumerate(table.kinds)
+            if kind in (CONTROL, USER_DEFINED) or (kind == UNKNOWN and index == table.unk_id)
+        )
     description = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        # Matched in the text as it is: the normalizer would put a space before a token's name, too.
+        "added_tokens": [{**asdict(token), "single_word": False, "normalized": False} for token in added],
         "normalizer": pipeline.normalizer,
         "pre_tokenizer": pipeline.pre_tokenizer,
-        "post_processor": _post_processor(table, source),
+        "post_processor": build_post_processor(
+            dict(enumerate(table.tokens)), (table.add_bos, table.bos_id), (table.add_eos, table.eos_id), source
+        ),
         "decoder": pipeline.decoder,
         "model": pipeline.model,
     }
-    return _loaded(lambda: Tokenizer.from_str(json.dumps(description)), source)
+    return loaded(lambda: Tokenizer.from_str(json.dumps(description)), source)
 
 
 def load_tokenizer(folder: Path, source: Path) -> Any:
     """transformers' tokenizer of a folder, which was made of `source`; code that a folder brings is not run."""
     from transformers import AutoTokenizer
 
-    return _loaded(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), source)
+    return loaded(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), source)
 
 
-def _loaded(load: Callable[[], Any], source: Path) -> Any:
+def loaded(load: Callable[[], Any], source: Path) -> Any:
     """What `load` brings. Raises `CheckpointError` where it cannot."""
     try:
         return load()
@@ -345,16 +380,17 @@ def _loaded(load: Callable[[], Any], source: Path) -> Any:
         raise CheckpointError(f"{source}: not a tokenizer that can be loaded ({reason}). {NO_TOKENIZER}") from None
 
 
-def _post_processor(table: TokenTable, source: Path) -> dict[str, Any]:
-    """One BOS in front of each text and EOS behind it, as far as the table wants them."""
-    front = [table.bos_id] if table.add_bos else []
-    end = [table.eos_id] if table.add_eos else []
+def build_post_processor(
+    names: Mapping[int, str], bos: tuple[bool, int | None], eos: tuple[bool, int | None], source: Path
+) -> dict[str, Any]:
+    """One BOS in front of each text and EOS behind it, as far as (wanted, id) say so. `names`: id -> token."""
+    front, end = ([index] if wanted else [] for wanted, index in (bos, eos))
     ids = [index for index in front + end if index is not None]
     if len(ids) < len(front + end):
         raise CheckpointError(f"{source}: wants BOS or EOS to be added, but names no id for it. {NO_TOKENIZER}")
 
     def part(letter: str, number: int) -> list[dict[str, Any]]:
-        special = [{"SpecialToken": {"id": table.tokens[index], "type_id": number}} for index in ids]
+        special = [{"SpecialToken": {"id": names[index], "type_id": number}} for index in ids]
         return [*special[: len(front)], {"Sequence": {"id": letter, "type_id": number}}, *special[len(front) :]]
 
     return {
@@ -362,34 +398,28 @@ def _post_processor(table: TokenTable, source: Path) -> dict[str, Any]:
         "single": part("A", 0),
         "pair": part("A", 0) + part("B", 1),
         "special_tokens": {
-            table.tokens[index]: {"id": table.tokens[index], "ids": [index], "tokens": [table.tokens[index]]}
-            for index in ids
+            names[index]: {"id": names[index], "ids": [index], "tokens": [names[index]]} for index in ids
         },
     }
 
 
-def _check_against(
-    processor: "SentencePieceProcessor",
-    tokenizer: "Tokenizer",
-    table: TokenTable,
-    scores: Sequence[float],
-    source: Path,
-) -> int:
-    """Number of texts on which the ids agree. Raises CheckpointError at the first on which they do not."""
+def proof_texts(table: TokenTable, scores: Sequence[float]) -> list[str]:
+    """Return the texts on which ids are compared: awkward ones, every piece, and where the order of merges shows."""
     pieces = (piece for kind in (NORMAL, UNUSED) for piece in _pieces(table, kind))
     contested = islice(_contested_texts(merges_by_score(table, scores)), 20_000)  # LLaMA has some 700
-    texts = [*AWKWARD_TEXTS, *(text.replace(SPACE, " ") for text in (*pieces, *contested))]
-    tokenizer.encode_special_tokens = True  # the state of this object only: it is not saved
+    return [*AWKWARD_TEXTS, *(text.replace(SPACE, " ") for text in (*pieces, *contested))]
+
+
+def check_ids(tokenizer: "Tokenizer", texts: list[str], expected: list[list[int]], source: Path) -> None:
+    """Raise CheckpointError at the first text on which the ids are not the `expected` ones, BOS and EOS apart."""
     found = (encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-    for text, ids, expected in zip(texts, found, processor.encode(texts), strict=True):
-        if ids != expected:
+    for text, ids, right in zip(texts, found, expected, strict=True):
+        if ids != right:
             raise CheckpointError(
                 f"{source}: this SentencePiece model cannot be brought over exactly: {text[:80]!r} should give "
-                f"{expected[:20]}, not {ids[:20]}. LLaMA's is of the type BPE, with byte fallback, and normalises "
-                f"nothing; this one looks like {_deviation(processor, scores)}. {NO_TOKENIZER}"
+                f"{right[:20]}, not {ids[:20]}. LLaMA's is of the type BPE, with byte fallback, and normalises "
+                f"nothing; this one looks like {_deviation(_load_sentencepiece(source))}. {NO_TOKENIZER}"
             )
-    tokenizer.encode_special_tokens = False
-    return len(texts)
 
 
 def _contested_texts(merges: Sequence[tuple[float, str, str]]) -> Iterator[str]:
@@ -400,17 +430,26 @@ def _contested_texts(merges: Sequence[tuple[float, str, str]]) -> Iterator[str]:
     return (left + right + third for score, left, right in merges for third in rights_of.get((score, right), ()))
 
 
-def _deviation(processor: "SentencePieceProcessor", scores: Sequence[float]) -> str:
+def _deviation(processor: "SentencePieceProcessor") -> str:
     if any(processor.normalize(character).strip(SPACE) != character for character in "ﬁ①Å"):
         return "one that normalises Unicode (nmt_nfkc or the like)"
     if processor.normalize("a  b").strip(SPACE) != f"a{SPACE}{SPACE}b":
         return "one that removes extra spaces"
+    scores = (processor.get_score(index) for index in range(len(processor)))
     if any(score != int(score) for score in scores):  # BPE numbers its merges, unigram has log probabilities
         return "one of the type unigram"
     return "one with user-defined pieces or pieces of equal score"
 
 
-def _write(target: Path, table: TokenTable, tokenizer: "Tokenizer", *, context_length: int) -> None:
+def write_tokenizer(
+    target: Path,
+    table: TokenTable,
+    tokenizer: "Tokenizer",
+    *,
+    context_length: int,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write tokenizer.json, its configuration for AutoTokenizer with the `settings`, and the chat template."""
     tokenizer.save(str(target / "tokenizer.json"))
     named = {"bos": table.bos_id, "eos": table.eos_id, "unk": table.unk_id, "pad": table.pad_id}
     config = {
@@ -421,60 +460,26 @@ def _write(target: Path, table: TokenTable, tokenizer: "Tokenizer", *, context_l
         "split_special_tokens": table.splits_special_tokens,
         "tokenizer_class": "PreTrainedTokenizerFast",  # transformers 4 has no TokenizersBackend
         **{f"{name}_token": table.tokens[index] for name, index in named.items() if index is not None},
+        **settings,
     }
-    _write_json(target / "tokenizer_config.json", config)
+    write_json(target / "tokenizer_config.json", config)
     if table.chat_template is not None:
         (target / "chat_template.jinja").write_text(table.chat_template, encoding="utf-8")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _summary(kind: str, table: TokenTable) -> str:
+def summary(kind: str, table: TokenTable) -> str:
+    """Return the line for humans."""
     bos = f"BOS {table.tokens[table.bos_id]}" if table.add_bos and table.bos_id is not None else "no BOS"
     template = "no chat template" if table.chat_template is None else "chat template"
     return f"{kind}, {len(table.tokens):,} tokens, {bos}, {'' if table.add_eos else 'no '}EOS, {template}"
 
 
-def _copy_hugging_face(source: Path, target: Path, *, vocab_size: int) -> str:
-    """Copies the tokenizer's files; only a class that would rebuild the tokenizer is replaced in its configuration."""
-    from tokenizers import Tokenizer
-
-    folder, file = (source, source / "tokenizer.json") if source.is_dir() else (source.parent, source)
-    tokenizer, config_file = _read_json(file), folder / "tokenizer_config.json"
-    try:
-        added, vocabulary = tokenizer.get("added_tokens", []), tokenizer["model"]["vocab"]
-        listed = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        tokens = max([*listed, *(token["id"] for token in added)]) + 1
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a Hugging Face tokenizer.json (no model.vocab). {NO_TOKENIZER}") from error
-    spare_rows = _spare_rows(tokens, vocab_size, file)
-    config = _read_json(config_file) if config_file.exists() else {}
-    before = config.get("tokenizer_class")
-    rebuilds = before is None or before in _REBUILDING_CLASSES  # without a class, AutoTokenizer goes by the model's
-    if rebuilds:
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-
-    # Some that load fail, or panic, at the first text.
-    _loaded(lambda: Tokenizer.from_file(str(file)).encode_batch(list(AWKWARD_TEXTS)), file)
-    shutil.copyfile(file, target / "tokenizer.json")
-    for name in _COPIED_FILES:
-        if (folder / name).exists():
-            shutil.copyfile(folder / name, target / name)
-    if rebuilds:
-        _write_json(target / "tokenizer_config.json", config)
-    else:
-        shutil.copyfile(config_file, target / "tokenizer_config.json")
-    has_template = "chat_template" in config or (folder / "chat_template.jinja").exists()
-    return (
-        f"Hugging Face tokenizer, {tokens:,} tokens, copied"
-        + (f", class {before or 'unnamed'} replaced by PreTrainedTokenizerFast" if rebuilds else "")
-        + f", {'chat template' if has_template else 'no chat template'}{spare_rows}"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raise CheckpointError where the file holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors

@@ -15,8 +15,8 @@ from hf_llama_repro.outputs import obstacle
 from .tokenizer import convert_tokenizer
 
 
-def write_tokenizer(source: Path, target: Path, *, context_length: int) -> str:
-    """Writes `target`, whole or not at all; one line for humans comes back. Raises `CheckpointError`."""
+def write_tokenizer(source: Path, target: Path, *, context_length: int) -> list[str]:
+    """Write `target`, complete or not at all; return lines for humans. Raise `CheckpointError`."""
     if target.exists():
         raise CheckpointError(f"{target} exists: choose another name, or remove it")
     if (reason := obstacle(target.parent)) is not None:
@@ -24,12 +24,16 @@ def write_tokenizer(source: Path, target: Path, *, context_length: int) -> str:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    notes: list[str] = []
     try:
-        line = convert_tokenizer(source, partial, vocab_size=sys.maxsize, context_length=context_length)
+        line = convert_tokenizer(
+            source, partial, vocab_size=sys.maxsize, context_length=context_length, decide=notes.append
+        )
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return line.partition("; the embedding has")[0]  # there is no embedding
+    # There is no embedding.
+    return [line.partition("; the embedding has")[0], *(f"decided    {note}" for note in notes)]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,9 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    return run(
-        lambda: print(write_tokenizer(arguments.source, arguments.target, context_length=arguments.context_length))
-    )
+    return run(lambda: print("\n".join(write_tokenizer(**vars(arguments)))))
 
 
 if __name__ == "__main__":
