@@ -109,6 +109,8 @@ def demo(gguf: Path | None, output: Path) -> bool:
     import torch
     import transformers
 
+    from conversion.source import open_source
+
     start = time.perf_counter()
     if gguf is not None and not gguf.is_file():
         raise CheckpointError(f"{gguf} does not exist: GGUF= names a .gguf file")
@@ -118,7 +120,9 @@ def demo(gguf: Path | None, output: Path) -> bool:
     if not meta.is_dir():
         run_command("conversion.export", gguf, meta, "--shards", "3")
     if not converted.is_dir():
-        run_command("conversion.convert", meta, converted)
+        # Meta's layout does not hold it.
+        context = open_source(gguf).config.max_position_embeddings
+        run_command("conversion.convert", meta, converted, "--context-length", str(context))
     transformers.utils.logging.disable_progress_bar()
     text, speed, generate = answer(converted)
     difference, num_tokens = largest_logit_difference(gguf, generate.model, generate.tokenizer)
