@@ -210,7 +210,7 @@ def _check_protocol(path: Path, *, is_zip: bool) -> None:
     if is_zip:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            start = archive.read(names[0])[:2] if names else b""
+            start = archive.open(names[0]).read(2) if names else b""
     else:
         with path.open("rb") as file:
             start = file.read(2)

@@ -14,6 +14,8 @@ from hf_llama_repro.errors import CheckpointError
 CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OverflowError, StrictDataclassError)
 """What `LlamaReproConfig` raises for fields of a wrong type or value."""
 
+_BEFORE_GGUF = (b"lmgg", b"fmgg", b"tjgg", b"algg")  # ggml, ggmf, ggjt and ggla as numbers of 4 bytes
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -73,15 +75,21 @@ def open_source(path: Path, *, context_length: int | None = None, chat: bool | N
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    is_meta = path.is_dir() and ((path / "params.json").exists() or any(path.glob("consolidated.*.pth")))
+    is_meta = path.is_dir() and ((path / "params.json").exists() or any(path.glob("consolidated*.pth")))
     if not is_meta and (context_length is not None or chat is not None):
         raise CheckpointError(
             f"{path} is no Meta folder: --context-length and --chat answer what only Meta's files leave open"
         )
     if path.is_file():
         with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise CheckpointError(f"{path} is not a GGUF file: give a .gguf file, or the folder of a checkpoint")
+            start = file.read(4)
+        if start in _BEFORE_GGUF:
+            raise CheckpointError(
+                f"{path} is a file of llama.cpp from before GGUF: turn it with llama.cpp's "
+                "convert_llama_ggml_to_gguf.py, or take a .gguf file of the model"
+            )
+        if start != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file: give a .gguf file, or the folder of a checkpoint")
         from .gguf_file import open_gguf
 
         return open_gguf(path)
