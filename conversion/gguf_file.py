@@ -112,6 +112,7 @@ def open_gguf(path: Path) -> Source:
         raise CheckpointError(f"{path} holds tensors that LLaMA does not have: {', '.join(sorted(unknown)[:5])}")
     notes: list[str] = []
     config = _config(path, metadata, found, notes)
+    _take_token_ids(config, readers[0], notes)
     check_layers(found, config, path, "its metadata")
     shapes = our_shapes(config)
     check_names(set(names), set(shapes), str(path))
@@ -274,6 +275,16 @@ def _config(
         raise
     except CONFIG_ERRORS as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}: use another file of it") from None
+
+
+def _take_token_ids(config: LlamaReproConfig, reader: "GGUFReader", notes: list[str]) -> None:
+    """The special ids that the file's tokenizer names; they count where another tokenizer is not converted."""
+    for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
+        index = _value(reader, f"tokenizer.ggml.{key}_token_id", None)
+        if isinstance(index, int) and 0 <= index < config.vocab_size:
+            setattr(config, name, index)
+        elif index is not None:
+            notes.append(f"tokenizer.ggml.{key}_token_id = {str(index)[:20]} left out: it is no row of the embedding")
 
 
 def _rope(path: Path, metadata: dict[str, Any], notes: list[str]) -> dict[str, Any]:

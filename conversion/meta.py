@@ -225,7 +225,13 @@ def _check_shards(
     """Every shard holds every tensor in its cut shape and in the dtype of the first."""
     named = sizes(config)
     for shard, path in zip(shards, paths, strict=True):
-        check_names({name for name in shard if not _is_frequencies(name)}, {meta for _, meta, _ in rows}, str(path))
+        found, expected_names = {name for name in shard if not _is_frequencies(name)}, {meta for _, meta, _ in rows}
+        if found == expected_names - {TENSORS[-1].meta}:
+            raise CheckpointError(
+                f"{path} has no {TENSORS[-1].meta}, which Meta's files hold even where it is the embedding: "
+                "save it too, and for a tied model the embedding under both names"
+            )
+        check_names(found, expected_names, str(path))
         for row, meta, _ in rows:
             whole = [named[size] for size in row.shape]
             expected = [size // len(shards) if dim == row.cut else size for dim, size in enumerate(whole)]

@@ -63,11 +63,22 @@ def gguf_tensors(model):
 
 
 def write_gguf(
-    path, model, *, kind="F32", kv_heads=True, architecture="llama", extra=(), without=(), options=None, **metadata
+    path,
+    model,
+    *,
+    kind="F32",
+    kv_heads=True,
+    architecture="llama",
+    extra=(),
+    without=(),
+    options=None,
+    ids=None,
+    **metadata,
 ):
     """`model` as llama.cpp's converter writes it, norms in fp32; `extra` tensors; `metadata` of the architecture.
 
-    `without`: metadata left out; `options`: of the writer, for files in parts or in another byte order.
+    `without`: metadata left out; `ids`: of special tokens; `options`: of the writer, for files in parts or in another
+    byte order.
     """
     config = model.config
     writer = GGUFWriter(path, architecture, **(options or {}))
@@ -88,6 +99,8 @@ def write_gguf(
             type(value), writer.add_uint32
         )
         add(f"llama.{name.replace('__', '.')}", value)
+    for name, index in (ids or {}).items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
     for name in without:
         del writer.kv_data[0][f"llama.{name}"]
     quantization = GGMLQuantizationType[kind]
