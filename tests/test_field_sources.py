@@ -319,19 +319,6 @@ def test_index_beside_a_whole_file_is_left_out_as_transformers_does(stock):
     assert "model.safetensors.index.json left out" in said_of(open_source(stock))
 
 
-def test_tokenizer_one_entry_longer_than_the_embedding_is_diagnosed(stock):
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [{"id": 131, "content": "[PAD]", "special": True}],
-        "model": {"type": "WordLevel", "unk_token": "0", "vocab": {str(index): index for index in range(131)}},
-    }
-    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    tokenizer["added_tokens"][0] |= added
-    (stock / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(CheckpointError, match=r"one token more than the embedding has rows.*\[PAD\]"):
-        convert(stock, stock.with_name("ours"))
-
-
 # GGUF
 
 
