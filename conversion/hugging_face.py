@@ -16,7 +16,7 @@ from hf_llama_repro.llama_folder import MODEL_TYPES, architecture
 
 from .keys import DTYPES, EMBEDDING, OUR_FREQUENCIES, OUTPUT, check_layers, check_names, our_shapes, plain_names
 from .pth_file import load_tensors
-from .source import CONFIG_ERRORS, Source, StoredTensor, is_file, promoted
+from .source import CONFIG_ERRORS, Source, StoredTensor, check_downloaded, is_file, promoted
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _MAX_LABELS = 1_000_000
@@ -239,6 +239,7 @@ def _dequantized(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    check_downloaded(path)
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -54,6 +54,8 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
     vocab_size = config_fields["vocab_size"]
     check_rows(folder / "params.json", params, vocab_size)
     context, reason = context_length, "as asked for"
+    if params.get("max_seq_len", context) != context:
+        reason += f", though params.json says max_seq_len {params['max_seq_len']}"
     if context is None:
         context, reason = told_context_length(params, shards[0], config_fields["dtype"], vocab_size)
     try:

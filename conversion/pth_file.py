@@ -22,6 +22,7 @@ import torch
 from hf_llama_repro.errors import CheckpointError
 
 from .page_cache import StreamedFile
+from .source import check_downloaded
 
 _ALIGNMENT = 64
 _PADDING_FIELD = b"FB"  # the name that PyTorch gives the field of a zip header that holds nothing
@@ -178,6 +179,7 @@ def load_tensors(path: Path, tell: Callable[[str], None] = lambda note: None) ->
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file: {_AGAIN}")
+    check_downloaded(path)
     records = None
     try:
         if zipfile.is_zipfile(path):

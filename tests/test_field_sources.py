@@ -89,6 +89,12 @@ def test_chat_in_the_folders_name_is_no_proof_against_the_files(tmp_path, fields
     assert open_source(meta, context_length=context, chat=True).chat
 
 
+def test_context_that_is_asked_for_against_params_json_is_reported(tmp_path):
+    source = open_source(meta_folder(tmp_path / "m", max_seq_len=512), context_length=4096)
+    assert source.config.max_position_embeddings == 4096
+    assert "as asked for, though params.json says max_seq_len 512" in said_of(source)
+
+
 # Keys of params.json
 
 KEYS = {
@@ -267,6 +273,20 @@ def test_shard_under_another_name_is_named_with_its_remedy(tmp_path, name):
     (meta / "consolidated.00.pth").rename(meta / name)
     with pytest.raises(CheckpointError, match=rf"there is {re.escape(name)}; .* rename it to consolidated\.00\.pth"):
         open_source(meta)
+
+
+def test_pointer_of_git_lfs_is_named(tmp_path, stock):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n"
+    meta = meta_folder(tmp_path / "m")
+    for path in (meta / "consolidated.00.pth", stock / "model.safetensors", tmp_path / "m.gguf"):
+        path.write_text(pointer)
+        with pytest.raises(CheckpointError, match=rf"{path.name} is a Git LFS pointer.*git lfs pull"):
+            open_source(path if path.suffix == ".gguf" else path.parent)
+
+
+def test_params_json_beside_a_hugging_face_folder_does_not_make_it_metas(stock):
+    (stock / "params.json").write_text(json.dumps(meta_params()))
+    assert open_source(stock).description == "Hugging Face folder (llama)"
 
 
 def index(folder, weight_map):
