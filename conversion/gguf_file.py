@@ -250,7 +250,8 @@ def _our_names(found: "dict[str, ReaderTensor]") -> "tuple[dict[str, ReaderTenso
 def _config(
     path: Path, metadata: dict[str, Any], found: "dict[str, ReaderTensor]", notes: list[str]
 ) -> LlamaReproConfig:
-    fields = {field: metadata[name] for name, field in _NEEDED.items()}
+    fields: dict[str, Any] = {field: metadata[name] for name, field in _NEEDED.items()}
+    fields["num_key_value_heads"] = metadata.get("attention.head_count_kv")
     if "token_embd.weight" not in found:
         raise CheckpointError(f"{path} has no token_embd.weight: it is not a whole model")
     rows = _shape(found["token_embd.weight"])[0]
@@ -260,14 +261,13 @@ def _config(
     if len(set(map(str, widths.values()))) > 1:
         told = ", ".join(f"llama.{name} = {width}" for name, width in widths.items())
         raise CheckpointError(f"{path} says {told}: in LLaMA keys, values and what is rotated are equally wide")
+    fields["head_dim"] = next(iter(widths.values()), None)
     if without := sorted(f"llama.{name}" for name in _WITHOUT_EFFECT & metadata.keys()):
         notes.append(f"{', '.join(without)} left out: without effect on what is computed")
     try:
         return LlamaReproConfig(
             **fields,
             vocab_size=rows,
-            num_key_value_heads=metadata.get("attention.head_count_kv"),
-            head_dim=next(iter(widths.values()), None),
             rope_parameters=_rope(path, metadata, notes),
             tie_word_embeddings="output.weight" not in found,
         )
