@@ -209,14 +209,16 @@ def load_tensors(path: Path, tell: Callable[[str], None] = lambda note: None) ->
 
 def _check_protocol(path: Path, *, is_zip: bool) -> None:
     """The pickle is one that the loader without code can read; files of torch < 1.6 are bare pickles."""
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            start = archive.open(names[0]).read(2) if names else b""
-    else:
-        with path.open("rb") as file:
-            start = file.read(2)
-        if start[:1] != b"\x80":
+    with path.open("rb") as file:
+        if is_zip:
+            with zipfile.ZipFile(file) as archive:
+                entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+            # Not by the archive, which compares a checksum that torch does not.
+            file.seek(entries[0].header_offset if entries else 0)
+            name_length, extra_length = struct.unpack("<26x2H", file.read(_LOCAL_HEADER))
+            file.seek(name_length + extra_length, 1)
+        start = file.read(2)
+        if not is_zip and start[:1] != b"\x80":
             raise CheckpointError(
                 f"{path} is truncated or not a PyTorch file ({path.stat().st_size:,} bytes): {_AGAIN}"
             )
