@@ -73,6 +73,7 @@ def export(
         Manifest(folder, None).complete(sums.result())
     return "\n".join(
         [
+            *(f"decided    {note}" for note in source.notes),
             f"params     {_params_line(content, config)}",
             f"written    {target}: {shards} shard(s), {num_bytes / 1e9:.2f} GB; tokenizer: {tokenizer_line}",
         ]

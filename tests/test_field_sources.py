@@ -521,6 +521,14 @@ def test_exported_params_json_holds_only_keys_that_the_releases_own_loader_accep
         assert getattr(back, name) == getattr(config, name), name
 
 
+def test_what_was_decided_of_the_source_is_reported_by_the_export_too(stock, tmp_path, capsys):
+    from conversion.export import main as export_main
+
+    change_config(stock, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "finetuned": True})
+    assert export_main([str(stock), str(tmp_path / "m"), "--no-tokenizer"]) == 0
+    assert "decided    rope_parameters: finetuned = True left out" in capsys.readouterr().out
+
+
 def test_width_of_a_head_that_no_loader_of_metas_knows_is_refused(tmp_path):
     random_model(tiny_config(num_hidden_layers=1, head_dim=20)).save_pretrained(tmp_path / "ours")
     with pytest.raises(CheckpointError, match="head_dim = 20, only hidden_size / num_attention_heads = 16"):
