@@ -32,7 +32,7 @@ def write_random_meta(folder: Path, *, layers: int, dim: int, heads: int, shards
     import torch
 
     from conversion.keys import expand, sizes
-    from conversion.meta import ffn_size
+    from conversion.params import ffn_size
     from conversion.pth_file import PthWriter
     from hf_llama_repro import LlamaReproConfig
 

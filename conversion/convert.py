@@ -366,7 +366,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--context-length",
         type=int,
         metavar="TOKENS",
-        help="2048 (LLaMA 1), 4096 (LLaMA 2): where the files do not tell",
+        help="2048 (LLaMA 1), 4096 (LLaMA 2), 16384 (Code Llama), 8192 (Llama 3): where the files do not tell",
     )
     parser.add_argument(
         "--chat",

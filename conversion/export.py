@@ -8,7 +8,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import CheckpointError
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 # (multiple_of, ffn_dim_multiplier) of Meta's own files; the first that gives the width is written.
 _FFN_RULES = ((256, None), (4096, 1.3), (1024, 1.3), (1024, 1.5))
+# Key of params.json -> whose loaders know it, the newest first: each refuses keys that it does not know, and
+# max_seq_len, which it passes itself.
+_LOADERS = {
+    "rope_theta": "Code Llama's loader",
+    "n_kv_heads": "LLaMA 2's and Code Llama's loaders",
+    "ffn_dim_multiplier": "LLaMA 2's and Code Llama's loaders",
+    "": "LLaMA 1's, LLaMA 2's and Code Llama's loaders",
+}
 
 
 def export(
@@ -60,11 +68,17 @@ def export(
         summed(source.files) as sums,
     ):
         tokenizer_line, notes = _write_tokenizer(source, folder) if with_tokenizer else ("none", [])
-        write_json(folder / "params.json", params(config, has_tokenizer_model=(folder / "tokenizer.model").is_file()))
+        content = params(config)
+        write_json(folder / "params.json", content)
         _write_shards(folder, tensors, source, shards, sums.advance)
         Manifest(folder, None).complete(sums.result())
-    written = f"written    {target}: {shards} shard(s), {num_bytes / 1e9:.2f} GB; tokenizer: {tokenizer_line}"
-    return "\n".join([written, *(f"decided    {note}" for note in notes)])
+    return "\n".join(
+        [
+            *(f"decided    {note}" for note in (*source.notes, *notes)),
+            f"params     {_params_line(content, config)}",
+            f"written    {target}: {shards} shard(s), {num_bytes / 1e9:.2f} GB; tokenizer: {tokenizer_line}",
+        ]
+    )
 
 
 def _write_shards(
@@ -116,6 +130,11 @@ def _check_exportable(config: "LlamaReproConfig", shards: int) -> None:
     for name, allowed in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if (value := getattr(config, name)) != allowed:
             raise CheckpointError(f"Meta's layout cannot hold {name} = {value}, only {allowed}")
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise CheckpointError(
+            f"Meta's layout cannot hold head_dim = {config.head_dim}, only hidden_size / num_attention_heads = "
+            f"{config.hidden_size / config.num_attention_heads:g}"
+        )
     if config.rope_parameters["rope_type"] != "default":
         raise CheckpointError(f"Meta's layout cannot hold {config.rope_parameters}, only the default rotary embedding")
     named = sizes(config)
@@ -125,10 +144,8 @@ def _check_exportable(config: "LlamaReproConfig", shards: int) -> None:
             raise CheckpointError(f"{shards} shards do not divide the {size} of {row.meta}: choose a divisor of it")
 
 
-def params(config: "LlamaReproConfig", *, has_tokenizer_model: bool) -> dict[str, Any]:
-    """The content of params.json, as Meta writes it: what has its usual value is left out."""
-    from .meta import tells_context_length
-
+def params(config: "LlamaReproConfig") -> dict[str, Any]:
+    """The content of params.json, in the keys of the oldest of Meta's loaders that can hold it."""
     multiple_of, multiplier = _ffn_rule(config.hidden_size, config.intermediate_size)
     content: dict[str, Any] = {
         "dim": config.hidden_size,
@@ -136,8 +153,7 @@ def params(config: "LlamaReproConfig", *, has_tokenizer_model: bool) -> dict[str
         "n_heads": config.num_attention_heads,
         "n_layers": config.num_hidden_layers,
         "norm_eps": config.rms_norm_eps,
-        # Meta's loader takes the number from tokenizer.model.
-        "vocab_size": -1 if has_tokenizer_model else config.vocab_size,
+        "vocab_size": config.vocab_size,
     }
     if multiplier is not None:
         content["ffn_dim_multiplier"] = multiplier
@@ -145,19 +161,29 @@ def params(config: "LlamaReproConfig", *, has_tokenizer_model: bool) -> dict[str
         content["n_kv_heads"] = config.num_key_value_heads
     if config.rope_theta != 10000.0:
         content["rope_theta"] = config.rope_theta
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        content["head_dim"] = config.head_dim
-    if not tells_context_length(content, config.dtype, config.max_position_embeddings):
-        content["max_seq_len"] = config.max_position_embeddings
     return content
 
 
+def _params_line(content: dict[str, Any], config: "LlamaReproConfig") -> str:
+    """For whose loader params.json is, and what it cannot say: the context, which the loaders' callers pass."""
+    from .params import tells_context_length
+
+    loaders = next(loaders for key, loaders in _LOADERS.items() if not key or key in content)
+    length = config.max_position_embeddings
+    told = tells_context_length(content, cast("torch.dtype", config.dtype), config.vocab_size, length)
+    return f"for {loaders}; context of {length} tokens, which it does not name" + (
+        "" if told else f": to convert this back, say --context-length {length}"
+    )
+
+
 def _ffn_rule(dim: int, width: int) -> tuple[int, float | None]:
-    from .meta import ffn_size
+    from .params import ffn_size
 
     for multiple_of, multiplier in _FFN_RULES:
         if ffn_size(dim, multiple_of, multiplier) == width:
             return multiple_of, multiplier
+    if width >= ffn_size(dim, 1):
+        return width, None  # rounded up to one time itself
     # Half a unit more, so that the rule's rounding down ends on the width.
     return 1, (width + 0.5) / ffn_size(dim, 1)
 

@@ -17,10 +17,17 @@ _MAX_ELEMENTS = 1 << 22
 _MAX_DEPTH = 4
 """Arrays inside of arrays."""
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+_VERSIONS = (2, 3)
+_OLDEST_IMPOSSIBLE = 100
+"""A version from here on is a damaged byte."""
 
 
 class DamagedError(ValueError):
     """What a header says cannot be."""
+
+
+class ForeignError(ValueError):
+    """A file that is whole, but of a kind that is not read."""
 
 
 def check_header(path: Path) -> None:
@@ -30,19 +37,19 @@ def check_header(path: Path) -> None:
             _Header(file, path.stat().st_size).check()
         except DamagedError as error:
             raise CheckpointError(f"{path} is truncated or damaged ({error}): download it again") from None
+        except ForeignError as error:
+            raise CheckpointError(f"{path} is {error}") from None
 
 
 class _Header:
     def __init__(self, file: BinaryIO, num_bytes: int):
         self._file, self._num_bytes = file, num_bytes
-        self._order = "<"
         self._elements = 0
 
     def check(self) -> None:
         if self._file.read(4) != b"GGUF":
             raise DamagedError("it does not begin with GGUF")
-        if self._number("I") & 0xFFFF == 0:  # the version, written by a machine of the other byte order
-            self._order = ">"
+        self._check_version(self._number("I"))
         num_tensors, num_values = self._number("Q"), self._number("Q")
         for _ in range(self._possible(num_values, 8 + 4 + 1, "values")):
             self._skip(self._number("Q"))
@@ -59,6 +66,20 @@ class _Header:
             if not 0 < numel <= 8 * self._num_bytes:
                 raise DamagedError(f"a tensor of {numel} values")
             self._skip(4 + 8)
+
+    def _check_version(self, version: int) -> None:
+        if version and version & 0xFFFF == 0:
+            raise ForeignError(
+                "a big-endian GGUF file, for machines such as IBM Z: take the little-endian one, "
+                "or turn it with gguf-convert-endian FILE little, a command of the package gguf"
+            )
+        if version == 1 or _VERSIONS[-1] < version < _OLDEST_IMPOSSIBLE:
+            read = " and ".join(map(str, _VERSIONS))
+            raise ForeignError(
+                f"of version {version} of GGUF; read are {read}: make it again with a llama.cpp of today"
+            )
+        if version not in _VERSIONS:
+            raise DamagedError(f"version {version}")
 
     def _value(self, kind: int, depth: int) -> None:
         if kind in _NUMBERS:
@@ -91,7 +112,7 @@ class _Header:
         start = self._file.tell()
         self._skip(struct.calcsize(kind))
         self._file.seek(start)
-        return struct.unpack(self._order + kind, self._file.read(struct.calcsize(kind)))[0]
+        return struct.unpack("<" + kind, self._file.read(struct.calcsize(kind)))[0]
 
     def _skip(self, count: int) -> None:
         if (end := self._file.tell() + count) > self._num_bytes:

@@ -1,6 +1,7 @@
 """Hugging Face folders of stock Llama or LlamaRepro: config.json and safetensors (or the older pytorch_model.bin)."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_llama_repro import LlamaReproConfig
+from hf_llama_repro.configuration_llama_repro import ROPE_KEYS
 from hf_llama_repro.errors import CheckpointError
 from hf_llama_repro.llama_folder import MODEL_TYPES, architecture
 
-from .keys import DTYPES, EMBEDDING, OUR_FREQUENCIES, OUTPUT, check_layers, check_names, our_shapes
-from .source import CONFIG_ERRORS, Source, StoredTensor, is_file, promoted
+from .keys import DTYPES, EMBEDDING, OUR_FREQUENCIES, OUTPUT, check_layers, check_names, our_shapes, plain_names
+from .pth_file import load_tensors
+from .source import CONFIG_ERRORS, Source, StoredTensor, check_downloaded, is_file, promoted
 from .special_ids import without_foreign_padding
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -37,17 +40,19 @@ def open_hugging_face(folder: Path, *, dequantize: bool = False) -> Source:
                 f"{folder} is quantized ({described.get('quant_method')}){known}: "
                 "convert the 16- or 32-bit weights that it was made from"
             )
-    fields, notes = without_foreign_padding(fields)
-    tensors, files = _tensors(folder, dequantize=bool(quantization))
-    config = _config(folder / "config.json", fields, promoted(tensors.values()))
+    fields, changed = without_foreign_padding(fields)
+    notes = [*changed]
+    tensors, files = _tensors(folder, dequantize=bool(quantization), tell=notes.append)
+    config = _config(folder / "config.json", fields, promoted(tensors.values()), tell=notes.append)
     check_layers(tensors, config, folder, "config.json")
+    _check_output(folder, tensors, config)
     if config.tie_word_embeddings and {OUTPUT, EMBEDDING} <= set(tensors):
         # As transformers loads it: different matrices are not tied, whatever config.json says.
         if torch.equal(tensors[OUTPUT].read(), tensors[EMBEDDING].read()):
             del tensors[OUTPUT]
         else:
             config.tie_word_embeddings = False
-            notes = (*notes, "output matrix differs from the embedding: not tied, though config.json says so")
+            notes.append("output matrix differs from the embedding: not tied, though config.json says so")
     shapes = our_shapes(config)
     check_names(set(tensors), set(shapes), str(folder))
     for name, shape in shapes.items():
@@ -63,25 +68,69 @@ def open_hugging_face(folder: Path, *, dequantize: bool = False) -> Source:
         tokenizer=folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None,
         files=dict.fromkeys([folder / "config.json", *files]),
         generation_config=read_json(generation) if generation.is_file() else {},
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
-def _config(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> LlamaReproConfig:
-    """The configuration; `dtype` is the weights', where it names none."""
+def _check_output(folder: Path, tensors: dict[str, StoredTensor], config: LlamaReproConfig) -> None:
+    """Raises `CheckpointError` for the two kinds of Llama folder that hold another model than a causal LM."""
+    if adapters := [name for name in tensors if ".lora_" in name]:
+        raise CheckpointError(
+            f"{folder} holds LoRA matrices beside the weights ({len(adapters)}, such as {adapters[0]}): save the model "
+            "after PEFT's merge_and_unload(), or the adapter alone, which hf-llama-merge takes"
+        )
+    if OUTPUT in tensors or config.tie_word_embeddings:
+        return
+    heads = [name for name in ("score.weight", "classifier.weight", "qa_outputs.weight") if name in tensors]
+    raise CheckpointError(
+        f"{folder} has no output matrix ({OUTPUT}), and config.json does not tie it to the embedding: "
+        + (
+            f"with {heads[0]} it is a classifier, which generates nothing"
+            if heads
+            else "it was saved from the base model (LlamaModel), without the head; save it from LlamaForCausalLM, or "
+            'write "tie_word_embeddings": true into config.json if the model was trained so'
+        )
+    )
+
+
+def _config(
+    path: Path, fields: dict[str, Any], dtype: torch.dtype, tell: Callable[[str], None] = lambda note: None
+) -> LlamaReproConfig:
+    """The configuration; `dtype` is the weights', where it names none. `tell` is given a line on what has no effect."""
     given = architecture(fields)
     if odd := [name for name in given if name.startswith("__") or callable(getattr(LlamaReproConfig, name, None))]:
-        raise CheckpointError(f"{path}: {odd[0]} is not a field of a configuration: download it again")
+        raise CheckpointError(f"{path}: {odd[0]} is not a field of a configuration: remove it")
     named = fields.get("dtype") or fields.get("torch_dtype") or dtype
     if named not in DTYPES and named not in [str(dtype).removeprefix("torch.") for dtype in DTYPES]:
-        raise CheckpointError(f"{path}: dtype = {named!r} is not a 16- or 32-bit float: download it again")
+        raise CheckpointError(f"{path}: dtype = {named!r} is not a 16- or 32-bit float: convert the weights that are")
     labels = given.get("num_labels")
     if isinstance(labels, int) and labels > _MAX_LABELS:  # transformers makes a name for each
-        raise CheckpointError(f"{path}: num_labels = {labels} is more than any model has: download it again")
+        raise CheckpointError(f"{path}: num_labels = {labels} is more than any model has: correct or remove it")
+    for field in ("rope_scaling", "rope_parameters"):
+        if isinstance(given.get(field), dict):
+            given[field] = _known_rope(path, field, given[field], tell)
     try:
         return LlamaReproConfig(**{**given, "dtype": named})
     except CONFIG_ERRORS as error:
-        raise CheckpointError(f"{path}: {' '.join(str(error).split())}: download it again") from None
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}: correct it there") from None
+
+
+def _known_rope(path: Path, field: str, rope: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
+    """Without the keys that have no effect in transformers either, which warns about them."""
+    rope_type = rope.get("rope_type", rope.get("type"))
+    if rope_type is None and rope.get("factor") is not None:
+        raise CheckpointError(
+            f"{path}: {field} says factor = {rope['factor']}, but not of which kind: "
+            f'add "rope_type", one of {", ".join(ROPE_KEYS)}'
+        )
+    if not isinstance(rope_type, str | None) or (rope_type or "default") not in ROPE_KEYS:
+        return rope  # refused with the configuration
+    required, optional = ROPE_KEYS[rope_type or "default"]
+    # partial_rotary_factor has an effect with every type.
+    known = required | optional | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if unknown := [f"{name} = {value}"[:60] for name, value in rope.items() if name not in known]:
+        tell(f"{field}: {', '.join(unknown)} left out: without effect on the type {rope_type or 'default'!r}")
+    return {name: value for name, value in rope.items() if name in known}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,26 +143,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _tensors(folder: Path, *, dequantize: bool) -> tuple[dict[str, StoredTensor], list[Path]]:
-    """The tensors, and the files that they are in."""
+def _tensors(
+    folder: Path, *, dequantize: bool, tell: Callable[[str], None]
+) -> tuple[dict[str, StoredTensor], list[Path]]:
+    """The tensors, and the files that they are in. `tell` is given a line on what was left out or read as another."""
     for index_name, single_name, load in (
         ("model.safetensors.index.json", "model.safetensors", read_safetensors),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin", read_pytorch),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin", partial(read_pytorch, tell=tell)),
     ):
-        if (folder / index_name).is_file():
-            weight_map = read_json(folder / index_name).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise CheckpointError(f"{folder / index_name} has no weight_map of file names: download it again")
-            files = sorted(set(weight_map.values()))
-        elif (folder / single_name).is_file():
+        weight_map: dict[str, str] | None = None
+        if (folder / single_name).is_file():  # as transformers chooses
             files = [single_name]
+            if (folder / index_name).is_file():
+                tell(f"weights of {single_name}, as transformers reads them: {index_name} left out")
+        elif (folder / index_name).is_file():
+            weight_map = _weight_map(folder / index_name)
+            files = sorted(set(weight_map.values()))
         else:
             continue
-        tensors: dict[str, StoredTensor] = {}
-        for file in files:
-            if Path(file).name != file or not is_file(folder / file):
-                raise CheckpointError(f"{folder / index_name} names {file}, which is not there: download it")
-            tensors.update(load(folder / file))
+        tensors = _plain(_read_files(folder, files, weight_map, index_name, load), tell)
         tensors = {name: tensor for name, tensor in tensors.items() if not OUR_FREQUENCIES.fullmatch(name)}
         if not tensors:
             raise CheckpointError(f"{folder} has no tensors in {', '.join(files) or index_name}: download it again")
@@ -124,6 +172,56 @@ def _tensors(folder: Path, *, dequantize: bool) -> tuple[dict[str, StoredTensor]
                 raise CheckpointError(f"{folder}: {name} is {tensor.dtype}, not a 16- or 32-bit float: quantized?")
         return tensors, [folder / file for file in files]
     raise CheckpointError(f"{folder} has config.json but no weights: neither model.safetensors nor pytorch_model.bin")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path} has no weight_map of file names: download it again")
+    return weight_map
+
+
+def _read_files(
+    folder: Path,
+    files: list[str],
+    weight_map: dict[str, str] | None,
+    index_name: str,
+    load: Callable[[Path], dict[str, StoredTensor]],
+) -> dict[str, StoredTensor]:
+    """The tensors of all files; where two hold one of the same name, the one that the index names."""
+    if missing := [file for file in files if Path(file).name != file or not is_file(folder / file)]:
+        raise CheckpointError(
+            f"{folder / index_name} names {', '.join(missing[:5])}, which {'is' if len(missing) == 1 else 'are'} "
+            f"not there ({len(missing)} of {len(files)} files): download what is missing"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in load(folder / file).items():
+            if weight_map is None or weight_map.get(name, file) == file:
+                if name in tensors:
+                    raise CheckpointError(
+                        f"{folder}: {name} is in two files, and {index_name} does not say in which of them it counts"
+                    )
+                tensors[name] = tensor
+    if absent := [name for name in weight_map or () if name not in tensors]:
+        raise CheckpointError(
+            f"{folder / index_name} names {absent[0]} in {(weight_map or {})[absent[0]]}, "
+            f"which does not hold it ({len(absent)} such tensors): download both again"
+        )
+    return tensors
+
+
+def _plain(tensors: dict[str, StoredTensor], tell: Callable[[str], None]) -> dict[str, StoredTensor]:
+    """The tensors under the names of a causal LM, which a wrapper or a save of the base model alone has changed."""
+    names = plain_names(tensors, EMBEDDING)
+    if EMBEDDING not in names.values():
+        base = {
+            name: f"model.{plain}" for name, plain in plain_names(tensors, EMBEDDING.removeprefix("model.")).items()
+        }
+        names = base if EMBEDDING in base.values() else names
+    if renamed := [name for name, plain in names.items() if name != plain]:
+        tell(f"{renamed[0]} and {len(renamed) - 1} more tensors are read as {names[renamed[0]]} and so on")
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def _dequantized(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -143,6 +241,7 @@ def _dequantized(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    check_downloaded(path)
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -157,12 +256,10 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_pytorch(path: Path) -> dict[str, StoredTensor]:
-    from .meta import load_shard
-
+def read_pytorch(path: Path, tell: Callable[[str], None] = lambda note: None) -> dict[str, StoredTensor]:
     rowwise = torch.contiguous_format
     return {
         # A copy in order of rows: tensors of one file may share storage, or be transposed views.
         name: StoredTensor(tuple(tensor.shape), tensor.dtype, partial(torch.clone, tensor, memory_format=rowwise))
-        for name, tensor in load_shard(path).items()
+        for name, tensor in load_tensors(path, tell).items()
     }

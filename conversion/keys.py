@@ -59,6 +59,9 @@ BIASES = {
     "mlp_bias": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 }
 
+# Parts of names that wrappers of modules leave: DistributedDataParallel, torch.compile, FSDP, checkpointing.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 # What a weight may be; anything else is quantized or damaged.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OUTPUT, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -117,12 +120,26 @@ def to_interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
+def plain_names(names: Iterable[str], embedding: str) -> dict[str, str]:
+    """Name in a file -> the model's, without what wrappers around it and its layers have added.
+
+    What stands before the name of the embedding is taken off where it stands before all names.
+    """
+    plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
+    prefixes = {name.removesuffix(embedding) for name in plain.values() if name.endswith(f".{embedding}")}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    if all(name.startswith(prefix) for name in plain.values()):
+        plain = {name: short.removeprefix(prefix) for name, short in plain.items()}
+    return plain if len(set(plain.values())) == len(plain) else {name: name for name in plain}
+
+
 def check_layers(names: Iterable[str], config: LlamaReproConfig, where: Path, told_by: str) -> None:
     """Before anything is laid out for a number of layers that only a damaged configuration has."""
     found = len({match[1] for name in names if (match := re.search(r"\b(?:layers|blk)\.(\d+)\.", name))})
     if found != config.num_hidden_layers:
         raise CheckpointError(
-            f"{where} holds {found} layers, but {told_by} asks for {config.num_hidden_layers}: download both again"
+            f"{where} holds {found} layers, but {told_by} asks for {config.num_hidden_layers}: "
+            "they are not of one checkpoint, or not all of it is there"
         )
 
 

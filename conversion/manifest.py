@@ -1,9 +1,10 @@
 """What a folder was made of and what is in it, by sums; while it is being made, what of it is finished."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from hf_llama_repro.durable import rename
 
 from .sums import file_sums
 
@@ -43,10 +44,10 @@ class Manifest:
         self._write({"source": source, "options": options or {}, "files": files})
 
     def _write(self, content: dict[str, Any]) -> None:
-        # In one go: a kill leaves the one or the other.
+        # In one go: a kill, or a power cut, leaves the one or the other.
         aside = self.path.with_name(f".{MANIFEST}")
         aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, self.path)
+        rename(aside, self.path)
 
 
 def _is_whole(path: Path, entry: dict[str, Any]) -> bool:

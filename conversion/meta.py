@@ -1,11 +1,8 @@
 """Meta's layout: params.json, consolidated.NN.pth for each model-parallel rank, tokenizer.model."""
 
 import hashlib
-import json
 import re
-import warnings
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +16,27 @@ from .keys import (
     META_FREQUENCIES,
     META_FREQUENCIES_PER_LAYER,
     OUTPUT,
+    TENSORS,
     Tensor,
     check_layers,
     check_names,
     expand,
+    plain_names,
     sizes,
     to_half_split,
 )
-from .pth_file import check_storages, record_sizes
+from .params import CONTEXT_LENGTH, DEFAULT_THETA, check_rows, ffn_size, foreign_signs, read_params
+from .params import context_length as told_context_length
+from .pth_file import load_tensors
 from .source import CONFIG_ERRORS, Source, StoredTensor, is_file
 
 CHECKLIST = "checklist.chk"
 """Meta's list of md5 sums, one for each file of the folder."""
 SHARD_NAME = re.compile(r"consolidated\.(\d{2})\.pth")
-# Context in tokens that each generation was trained with; the files do not name it.
-CONTEXT_LENGTH = {"LLaMA 1": 2048, "LLaMA 2": 4096}
+WHOLE_NAME = "consolidated.pth"
+"""A model of one shard, as some tools call it."""
+_OTHER_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 Shard = dict[str, torch.Tensor]
-_OPTIONAL_NUMBERS = ("n_kv_heads", "multiple_of", "ffn_dim_multiplier", "rope_theta", "head_dim", "max_seq_len")
-_FRACTIONS = ("norm_eps", "ffn_dim_multiplier", "rope_theta")
-_MAX_NUMBER = 10**12
 _ROWS_COMPARED = 1024
 """Rows of two matrices that are compared together."""
 
@@ -49,9 +48,16 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
     """
     params = read_params(folder / "params.json")
     paths = shard_paths(folder)
-    shards = [load_shard(path) for path in paths]
+    notes: list[str] = []
+    shards = load_shards(paths, notes.append)
     config_fields = _config_fields(params, shards, paths)
-    context, reason = _context_length(params, shards, context_length, config_fields)
+    vocab_size = config_fields["vocab_size"]
+    check_rows(folder / "params.json", params, vocab_size)
+    context, reason = context_length, "as asked for"
+    if params.get("max_seq_len", context) != context:
+        reason += f", though params.json says max_seq_len {params['max_seq_len']}"
+    if context is None:
+        context, reason = told_context_length(params, shards[0], config_fields["dtype"], vocab_size)
     try:
         config = LlamaReproConfig(**config_fields, max_position_embeddings=context)
     except CONFIG_ERRORS as error:
@@ -67,7 +73,11 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
         config.tie_word_embeddings = True
         del tensors[OUTPUT]
 
-    notes = [f"context of {context} tokens: {reason}"]
+    notes.append(f"context of {context} tokens: {reason}")
+    if paths[0].name == WHOLE_NAME:
+        notes.append(f"{WHOLE_NAME} read as the only shard, consolidated.00.pth")
+    if "max_batch_size" in params:
+        notes.append(f"max_batch_size {params['max_batch_size']} left out: it sizes the cache of Meta's loader")
     listed = _read_checklist(folder)
     if listed:
         notes.append(f"md5 of {len(listed)} file{'s' if len(listed) > 1 else ''} as in {CHECKLIST}")
@@ -77,10 +87,9 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
         notes.append("output matrix equal to the embedding: tied")
     tokenizer = _tokenizer(folder)
     if chat is None:
-        chat = bool(re.search(r"(^|[-_. ])chat($|[-_. ])", folder.resolve().name.lower()))
+        chat, note = _told_chat(folder, params, context, vocab_size)
         if tokenizer is not None and (tokenizer.is_file() or (tokenizer / "tokenizer.model").is_file()):
-            kind = "chat" if chat else "base"
-            notes.append(f"{kind} model, going by the folder's name (--chat or --no-chat says otherwise)")
+            notes.append(note)
     return Source(
         description=f"Meta folder, {len(paths)} shard{'s' if len(paths) > 1 else ''}",
         config=config,
@@ -93,62 +102,38 @@ def open_meta(folder: Path, *, context_length: int | None = None, chat: bool | N
     )
 
 
-def read_params(path: Path) -> dict[str, Any]:
-    """params.json as a dictionary; `CheckpointError` for a file that is missing, empty, or not JSON."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: it comes with the consolidated.NN.pth files")
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 ({error}): download it again") from None
-    if not text:
-        raise CheckpointError(f"{path} is empty: download it again")
-    if text.startswith("<"):
-        raise CheckpointError(f"{path} is a web page, not JSON (an error of the download?): download it again")
-    try:
-        params = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from None
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{path} holds a {type(params).__name__}, not a JSON object: download it again")
-    # A field with null counts as left out.
-    params = {name: value for name, value in params.items() if value is not None}
-    needed = {"dim", "n_layers", "n_heads", "norm_eps"}
-    if missing := needed - set(params):
-        raise CheckpointError(
-            f"{path} lacks {', '.join(sorted(missing))}: it is not the params.json of a LLaMA checkpoint"
+def _told_chat(folder: Path, params: dict[str, Any], context: int, vocab_size: int) -> tuple[bool, str]:
+    """Whether it is a LLaMA 2 chat model, and why. The folder's name is no proof where the files say something else."""
+    if not re.search(r"(^|[-_. ])chat($|[-_. ])", folder.resolve().name.lower()):
+        return False, "base model, going by the folder's name (--chat or --no-chat says otherwise)"
+    contrary = [sign for sign, _ in foreign_signs(params, vocab_size)]
+    if context == CONTEXT_LENGTH["LLaMA 1"]:
+        contrary.append(f"a context of {context} tokens")
+    if contrary:
+        return False, (
+            f"base model: the folder's name says chat, but {' and '.join(contrary)} "
+            f"{'are' if len(contrary) > 1 else 'is'} not LLaMA 2's (--chat writes its template all the same)"
         )
-    for name in (*sorted(needed), *_OPTIONAL_NUMBERS):
-        value = params.get(name, 1)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MAX_NUMBER
-        if not number or not (isinstance(value, int) or name in _FRACTIONS):
-            kind = "number" if name in _FRACTIONS else "whole number"
-            raise CheckpointError(f"{path}: {name} = {str(value)[:40]!r} is not a positive {kind} of a sensible size")
-    if params["dim"] % params["n_heads"] and "head_dim" not in params:
-        raise CheckpointError(f"{path}: dim = {params['dim']} is not a multiple of n_heads = {params['n_heads']}")
-    if params["n_heads"] % (params.get("n_kv_heads") or params["n_heads"]):
-        raise CheckpointError(
-            f"{path}: n_heads = {params['n_heads']} is not a multiple of n_kv_heads = {params['n_kv_heads']}"
-        )
-    if params.get("use_scaled_rope"):
-        raise CheckpointError(f"{path}: use_scaled_rope is of Llama 3.1, which this converter does not know")
-    return params
-
-
-def ffn_size(dim: int, multiple_of: int, ffn_dim_multiplier: float | None = None) -> int:
-    """Width of the SwiGLU by Meta's rule: two thirds of 4 dim, scaled, rounded up to a multiple."""
-    size = int(2 * 4 * dim / 3)
-    if ffn_dim_multiplier is not None:
-        size = int(ffn_dim_multiplier * size)
-    return multiple_of * ((size + multiple_of - 1) // multiple_of)
+    return True, "chat model, going by the folder's name (--chat or --no-chat says otherwise)"
 
 
 def shard_paths(folder: Path) -> list[Path]:
     """consolidated.NN.pth by rank. Raises `CheckpointError` where one is missing."""
     paths = sorted(path for path in folder.glob("consolidated.*.pth") if SHARD_NAME.fullmatch(path.name))
     expected = [f"consolidated.{rank:02d}.pth" for rank in range(len(paths))]
+    if not paths and (folder / WHOLE_NAME).is_file():
+        return [folder / WHOLE_NAME]
     if not paths:
-        raise CheckpointError(f"{folder} has params.json but no consolidated.00.pth: the weights are missing")
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_SUFFIXES)
+        raise CheckpointError(
+            f"{folder} has params.json but no consolidated.00.pth: "
+            + (
+                f"there is {', '.join(others[:5])}; if that is Meta's file under another name, rename it to "
+                "consolidated.00.pth, and further shards to consolidated.01.pth and so on"
+                if others
+                else "the weights are missing"
+            )
+        )
     if [path.name for path in paths] != expected:
         missing = sorted(
             {f"consolidated.{rank:02d}.pth" for rank in range(_rank(paths[-1]) + 1)} - {p.name for p in paths}
@@ -165,55 +150,16 @@ def _rank(path: Path) -> int:
     return int(match[1])
 
 
-def load_shard(path: Path) -> Shard:
-    """The tensors of one shard, memory-mapped: read when they are used, by a loader that runs no code."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file: download it again")
-    records = None
-    try:
-        if zipfile.is_zipfile(path):
-            records = record_sizes(path)
-        else:
-            with path.open("rb") as file:
-                start = file.read(2)
-            # Files of torch < 1.6 are bare pickles, which begin with their protocol.
-            if start[:1] != b"\x80":
-                raise CheckpointError(
-                    f"{path} is truncated or not a PyTorch file ({path.stat().st_size:,} bytes): download it again"
-                )
-        with warnings.catch_warnings():
-            # The one error says what there is to say.
-            warnings.simplefilter("ignore")
-            shard = torch.load(path, map_location="cpu", weights_only=True, mmap=records is not None)
-    except (CheckpointError, PermissionError):
-        raise
-    except Exception as error:  # the loader raises whatever the damage leads to
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise CheckpointError(
-                f"{path} holds code that loading would execute ({code[1]}); "
-                "it was refused and nothing was run. A checkpoint of Meta's holds tensors only"
-            ) from None
-        raise CheckpointError(f"{path} is truncated or damaged ({_reason(error)}): download it again") from None
-    if not isinstance(shard, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) and _is_plain(tensor)
-        for name, tensor in dict.items(shard)
-    ):
-        raise CheckpointError(f"{path} holds no dictionary of tensors: it is not a shard of a Meta checkpoint")
-    # Not shard.items() nor tensor.detach(): a file may give both of them attributes of any name.
-    tensors = {name: torch.Tensor.detach(tensor).resolve_neg() for name, tensor in dict.items(shard)}
-    check_storages(path, tensors, records)
-    return tensors
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether its values are in memory, one for each place."""
-    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
-
-
-def _reason(error: Exception) -> str:
-    """torch's message without its page of advice on how to load it all the same."""
-    lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
+def load_shards(paths: list[Path], tell: Callable[[str], None] = lambda note: None) -> list[Shard]:
+    """The tensors of every shard under Meta's names; `tell` is given a line on names that were others."""
+    shards = []
+    for path in paths:
+        shard = load_tensors(path, tell)
+        names = plain_names(shard, TENSORS[0].meta)
+        if renamed := [name for name, plain in names.items() if name != plain]:
+            tell(f"{path.name}: {renamed[0]} and {len(renamed) - 1} more are read as {names[renamed[0]]} and so on")
+        shards.append({names[name]: tensor for name, tensor in shard.items()})
+    return shards
 
 
 def _config_fields(params: dict[str, Any], shards: list[Shard], paths: list[Path]) -> dict[str, Any]:
@@ -232,6 +178,11 @@ def _config_fields(params: dict[str, Any], shards: list[Shard], paths: list[Path
                 f"{gate.shape[0]} rows make {intermediate_size}"
                 + (f"; {fitting:.0f} shards would fit: missing or extra files?" if fitting.is_integer() else "")
             )
+    if len(shards) > 1 and embedding.shape[1] == dim:
+        raise CheckpointError(
+            f"{paths[0].parent}: the embedding is cut along the vocabulary, as Llama 3's shards are: "
+            "convert that release's Hugging Face folder"
+        )
     return {
         "vocab_size": embedding.shape[0],
         "hidden_size": dim,
@@ -241,7 +192,7 @@ def _config_fields(params: dict[str, Any], shards: list[Shard], paths: list[Path
         "num_key_value_heads": params.get("n_kv_heads") or heads,
         "head_dim": params.get("head_dim") or dim // heads,
         "rms_norm_eps": float(params["norm_eps"]),
-        "rope_theta": float(params.get("rope_theta") or 10000.0),
+        "rope_theta": float(params.get("rope_theta") or DEFAULT_THETA),
         "dtype": _dtype(shards, paths),
     }
 
@@ -270,59 +221,19 @@ def _is_frequencies(name: str) -> bool:
     return bool(META_FREQUENCIES.fullmatch(name) or META_FREQUENCIES_PER_LAYER.fullmatch(name))
 
 
-def _context_length(
-    params: dict[str, Any], shards: list[Shard], asked: int | None, fields: dict[str, Any]
-) -> tuple[int, str]:
-    """Context in tokens and why. The files name it nowhere, but LLaMA 1 and 2 differ in what they say around it."""
-    if asked is not None:
-        return asked, "as asked for"
-    if "max_seq_len" in params:
-        return params["max_seq_len"], "params.json says so"
-    evidence = _evidence(params, shards[0], fields["dtype"])
-    versions = {version for version, _ in evidence}
-    if len(versions) == 1:
-        version = versions.pop()
-        return CONTEXT_LENGTH[version], f"{version} ({', '.join(sign for _, sign in evidence)})"
-    said = "; ".join(f"{sign} speaks for {version}" for version, sign in evidence) or "nothing in them differs"
-    raise CheckpointError(
-        f"the files do not tell LLaMA 1 from LLaMA 2 ({said}): say --context-length 2048 (LLaMA 1) or 4096 (LLaMA 2)"
-    )
-
-
-def tells_context_length(params: dict[str, Any], dtype: torch.dtype | str, context_length: int) -> bool:
-    """Whether the context of an exported checkpoint is recognised without being written."""
-    versions = {version for version, _ in _evidence(params, (), dtype)}
-    return {CONTEXT_LENGTH[version] for version in versions} == {context_length}
-
-
-def _evidence(params: dict[str, Any], names: Iterable[str], dtype: torch.dtype | str) -> list[tuple[str, str]]:
-    """(version, sign) for every sign; one that is certain stands alone."""
-    if params.get("n_kv_heads") or params.get("ffn_dim_multiplier"):
-        return [("LLaMA 2", "grouped-query attention or a feed-forward multiplier in params.json")]
-    if any(META_FREQUENCIES_PER_LAYER.fullmatch(name) for name in names):
-        return [("LLaMA 1", "rotary frequencies in every layer")]
-    if any(META_FREQUENCIES.fullmatch(name) for name in names):
-        return [("LLaMA 2", "rotary frequencies beside the layers")]
-    evidence = []
-    if dtype is torch.float16:
-        evidence.append(("LLaMA 1", "float16 weights"))
-    if dtype is torch.bfloat16:
-        evidence.append(("LLaMA 2", "bfloat16 weights"))
-    if params["norm_eps"] == 1e-6:
-        evidence.append(("LLaMA 1", "norm_eps 1e-06"))
-    # LLaMA 65B has been seen with 1e-5 as well, and LLaMA 2 has no model of its size.
-    if params["norm_eps"] == 1e-5 and params["dim"] != 8192:
-        evidence.append(("LLaMA 2", "norm_eps 1e-05"))
-    return evidence
-
-
 def _check_shards(
     shards: list[Shard], paths: list[Path], rows: list[tuple[Tensor, str, str]], config: LlamaReproConfig
 ) -> None:
     """Every shard holds every tensor in its cut shape and in the dtype of the first."""
     named = sizes(config)
     for shard, path in zip(shards, paths, strict=True):
-        check_names({name for name in shard if not _is_frequencies(name)}, {meta for _, meta, _ in rows}, str(path))
+        found, expected_names = {name for name in shard if not _is_frequencies(name)}, {meta for _, meta, _ in rows}
+        if found == expected_names - {TENSORS[-1].meta}:
+            raise CheckpointError(
+                f"{path} has no {TENSORS[-1].meta}, which Meta's files hold even where it is the embedding: "
+                "save it too, and for a tied model the embedding under both names"
+            )
+        check_names(found, expected_names, str(path))
         for row, meta, _ in rows:
             whole = [named[size] for size in row.shape]
             expected = [size // len(shards) if dim == row.cut else size for dim, size in enumerate(whole)]

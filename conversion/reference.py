@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .meta import load_shard, read_params, shard_paths
+from .meta import load_shards, shard_paths
+from .params import read_params
 
 # The side by which model-parallel ranks cut a matrix (out, in); norms are not cut.
 _CUT_BY_OUTPUT = ("wq", "wk", "wv", "w1", "w3", "output")
@@ -21,7 +22,7 @@ class MetaReference:
     def __init__(self, folder: Path, cast: torch.dtype | None = None):
         params = read_params(folder / "params.json")
         self.files = shard_paths(folder)
-        self._shards = [load_shard(path) for path in self.files]
+        self._shards = load_shards(self.files)
         self._cast = cast
         self.num_layers, self.num_heads = params["n_layers"], params["n_heads"]
         self.num_kv_heads = params.get("n_kv_heads") or self.num_heads

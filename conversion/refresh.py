@@ -4,11 +4,11 @@ python -m conversion.convert --refresh-code FOLDER
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import hf_llama_repro
+from hf_llama_repro.durable import rename
 from hf_llama_repro.errors import CheckpointError
 
 from .manifest import MANIFEST
@@ -34,7 +34,7 @@ def refresh_code(folder: Path) -> list[str]:
         _check_unedited(folder / name, manifest)
         aside = folder / f".{name}.partial"
         aside.write_bytes(ours)
-        os.replace(aside, folder / name)
+        rename(aside, folder / name)
         lines.append(f"renewed     {folder / name}")
     if manifest is not None:
         _write_checksums(folder, manifest)
@@ -88,4 +88,4 @@ def _write_checksums(folder: Path, manifest: dict[str, Any]) -> None:
         entries[name] = sums if isinstance(entries.get(name), dict) else sums["sha256"]
     aside = folder / f".{MANIFEST}"
     aside.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, folder / MANIFEST)
+    rename(aside, folder / MANIFEST)

@@ -14,6 +14,9 @@ from hf_llama_repro.errors import CheckpointError
 CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OverflowError, StrictDataclassError)
 """What `LlamaReproConfig` raises for fields of a wrong type or value."""
 
+_LFS_POINTER = b"version https://git-lfs"
+_BEFORE_GGUF = (b"lmgg", b"fmgg", b"tjgg", b"algg")  # ggml, ggmf, ggjt and ggla as numbers of 4 bytes
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -67,6 +70,24 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_meta_folder(path: Path) -> bool:
+    """Whether it is in Meta's layout; a params.json alone may lie beside config.json, as in Mistral's folders."""
+    if not path.is_dir():
+        return False
+    has_params, has_config = ((path / name).exists() for name in ("params.json", "config.json"))
+    return any(path.glob("consolidated*.pth")) or (has_params and not has_config)
+
+
+def check_downloaded(path: Path) -> None:
+    """Raises `CheckpointError` for what `git clone` leaves in place of a large file without git-lfs."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(
+                f"{path} is a Git LFS pointer, the file itself was not brought: install git-lfs and run git lfs pull "
+                "in its folder"
+            )
+
+
 def open_source(path: Path, *, context_length: int | None = None, chat: bool | None = None) -> Source:
     """Opens an original Meta folder, a Hugging Face Llama or LlamaRepro folder, or a GGUF file.
 
@@ -75,15 +96,22 @@ def open_source(path: Path, *, context_length: int | None = None, chat: bool | N
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    is_meta = path.is_dir() and ((path / "params.json").exists() or any(path.glob("consolidated.*.pth")))
+    is_meta = is_meta_folder(path)
     if not is_meta and (context_length is not None or chat is not None):
         raise CheckpointError(
             f"{path} is no Meta folder: --context-length and --chat answer what only Meta's files leave open"
         )
     if path.is_file():
+        check_downloaded(path)
         with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise CheckpointError(f"{path} is not a GGUF file: give a .gguf file, or the folder of a checkpoint")
+            start = file.read(4)
+        if start in _BEFORE_GGUF:
+            raise CheckpointError(
+                f"{path} is a file of llama.cpp from before GGUF: turn it with llama.cpp's "
+                "convert_llama_ggml_to_gguf.py, or take a .gguf file of the model"
+            )
+        if start != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file: give a .gguf file, or the folder of a checkpoint")
         from .gguf_file import open_gguf
 
         return open_gguf(path)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from hf_llama_repro.durable import rename
 from hf_llama_repro.errors import CheckpointError, failed_write
 from hf_llama_repro.mapped_pages import release_mapped_pages
 from hf_llama_repro.outputs import obstacle
@@ -146,7 +147,7 @@ def _publish(partial: Path, target: Path, replaced: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     try:
-        partial.rename(target)
+        rename(partial, target)
     finally:
         _bring_back(replaced, target)
         shutil.rmtree(replaced, ignore_errors=True)

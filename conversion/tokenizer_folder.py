@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from hf_llama_repro.command import run
+from hf_llama_repro.durable import rename
 from hf_llama_repro.errors import CheckpointError
 from hf_llama_repro.outputs import obstacle
 
@@ -29,7 +30,7 @@ def write_tokenizer(source: Path, target: Path, *, context_length: int) -> list[
         line = convert_tokenizer(
             source, partial, vocab_size=sys.maxsize, context_length=context_length, decide=notes.append
         )
-        partial.rename(target)
+        rename(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     # There is no embedding.

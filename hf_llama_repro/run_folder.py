@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .checkpoints import checkpoints, newest_whole
+from .durable import rename
 from .errors import InputError
 from .recipe_file import as_yaml
 
@@ -44,7 +45,9 @@ def open_run(
         if begun or any((output_dir / name).exists() for name in RESULTS):
             raise InputError(f"{output_dir} holds a run: go on with it by --resume, or choose another output_dir")
         if is_main:
-            (output_dir / RECIPE_FILE).write_text(as_yaml(recipe), encoding="utf-8")
+            aside = output_dir / f".{RECIPE_FILE}"
+            aside.write_text(as_yaml(recipe), encoding="utf-8")
+            rename(aside, output_dir / RECIPE_FILE)
     except OSError as error:
         raise InputError(f"output_dir={output_dir} cannot be written: {error}") from None
     return None

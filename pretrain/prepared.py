@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
+from hf_llama_repro.durable import rename
 from hf_llama_repro.errors import InputError
 
 from .recipe import Recipe, Source
@@ -163,7 +164,7 @@ def _write(folder: Path, source: Source, recipe: Recipe, processor: SentencePiec
     content = {"made_of": what, "dtype": dtype, **counts}
     (partial / SETTINGS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    rename(partial, folder)
 
 
 def _blocks(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -234,7 +234,7 @@ BAD_PARAMS = {
     "heads do not divide": ({"n_heads": 7, "n_kv_heads": 7}, "dim = 96 is not a multiple of n_heads = 7"),
     "K/V heads do not divide": ({"n_kv_heads": 3}, "n_heads = 4 is not a multiple of n_kv_heads = 3"),
     "odd head size": ({"n_heads": 32, "n_kv_heads": 16}, "head_dim=3 must be even"),
-    "Llama 3.1": ({"use_scaled_rope": True}, "use_scaled_rope is of Llama 3.1"),
+    "Llama 3.1": ({"use_scaled_rope": True}, "says use_scaled_rope = True, as Llama 3.1"),
 }
 
 

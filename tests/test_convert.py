@@ -62,7 +62,8 @@ def test_logits_are_those_of_metas_mathematics(tmp_path, heads, shards, model_ty
 def test_every_hyperparameter_reaches_the_model(tmp_path, fields):
     params = meta_params(**fields)
     weights = meta_weights(params)
-    convert(write_meta(tmp_path / "meta", params, weights), tmp_path / "ours", with_tokenizer=False)
+    meta = write_meta(tmp_path / "meta", params, weights)
+    convert(meta, tmp_path / "ours", with_tokenizer=False, context_length=4096)
     assert relative_difference(logits(tmp_path / "ours"), reference_logits(params, weights)) < TOLERANCE
 
 

@@ -48,7 +48,7 @@ def test_rope_theta_stands_where_old_and_new_readers_look(folder):
 @forms
 def test_rope_theta_is_the_sources_in_both_places(tmp_path, model_type):
     source = meta_folder(tmp_path / "meta", rope_theta=1e6)
-    convert(source, tmp_path / "ours", model_type=model_type, with_tokenizer=False)
+    convert(source, tmp_path / "ours", model_type=model_type, with_tokenizer=False, context_length=16384)
     config = read(tmp_path / "ours/config.json")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
 

@@ -62,10 +62,26 @@ def gguf_tensors(model):
     return tensors
 
 
-def write_gguf(path, model, *, kind="F32", kv_heads=True, architecture="llama", extra=(), **metadata):
-    """`model` as llama.cpp's converter writes it, norms in fp32; `extra` tensors; `metadata` of the architecture."""
+def write_gguf(
+    path,
+    model,
+    *,
+    kind="F32",
+    kv_heads=True,
+    architecture="llama",
+    extra=(),
+    without=(),
+    options=None,
+    ids=None,
+    **metadata,
+):
+    """`model` as llama.cpp's converter writes it, norms in fp32; `extra` tensors; `metadata` of the architecture.
+
+    `without`: metadata left out; `ids`: of special tokens; `options`: of the writer, for files in parts or in another
+    byte order.
+    """
     config = model.config
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, architecture, **(options or {}))
     writer.add_name("tiny")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -79,7 +95,14 @@ def write_gguf(path, model, *, kind="F32", kv_heads=True, architecture="llama", 
     if kv_heads:
         writer.add_head_count_kv(config.num_key_value_heads)
     for name, value in metadata.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"llama.{name.replace('__', '.')}", value)
+        add = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool}.get(
+            type(value), writer.add_uint32
+        )
+        add(f"llama.{name.replace('__', '.')}", value)
+    for name, index in (ids or {}).items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
+    for name in without:
+        del writer.kv_data[0][f"llama.{name}"]
     quantization = GGMLQuantizationType[kind]
     for name, data in gguf_tensors(model).items():
         if data.ndim == 1 or kind == "F32":
@@ -184,7 +207,10 @@ def test_file_without_a_tokenizer_can_be_exported(tmp_path):
 REFUSED = {
     "another architecture": ({"architecture": "qwen2"}, "holds the architecture 'qwen2', not 'llama'"),
     "experts": ({"expert_count": 8}, "llama.expert_count = 8"),
-    "scaled rotary embedding": ({"rope__scaling__type": "linear"}, "llama.rope.scaling.type = linear"),
+    "scaled rotary embedding": (
+        {"rope__scaling__type": "longrope", "rope__scaling__factor": 4},
+        "llama.rope.scaling.type = longrope",
+    ),
     "Llama 3.1's frequencies": ({"extra": ["rope_freqs.weight"]}, "rope_freqs.weight"),
     "biases": ({"extra": ["blk.0.attn_q.bias"]}, "tensors that LLaMA does not have: blk.0.attn_q.bias"),
     "another width": ({"embedding_length": 72}, "has shape .* its metadata say"),

@@ -7,6 +7,7 @@ import torch
 from meta_checkpoints import (
     HEADS,
     METAS,
+    VOCAB,
     fingerprint,
     meta_folder,
     meta_params,
@@ -20,7 +21,7 @@ from random_models import random_model, tiny_config
 
 from conversion.convert import convert
 from conversion.export import export, main, params
-from conversion.meta import ffn_size
+from conversion.params import ffn_size
 from conversion.source import open_source
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM
 from hf_llama_repro.errors import CheckpointError
@@ -101,7 +102,7 @@ def test_tied_model_writes_the_embedding_as_output_too(tmp_path):
 def test_tied_model_comes_back_tied(tmp_path):
     random_model(tiny_config(tie_word_embeddings=True)).save_pretrained(tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "meta", shards=1)
-    assert open_source(tmp_path / "meta").config.tie_word_embeddings
+    assert open_source(tmp_path / "meta", context_length=256).config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -124,7 +125,7 @@ def test_feed_forward_rule_gives_the_papers_width(name):
 @papers
 def test_params_json_is_metas(name):
     config = LlamaReproConfig.from_paper(name, rms_norm_eps=METAS[name]["norm_eps"])
-    assert params(config, has_tokenizer_model=True) == METAS[name]
+    assert params(config) == {**METAS[name], "vocab_size": 32000}
 
 
 SCALED_DOWN = {
@@ -135,7 +136,7 @@ SCALED_DOWN = {
 
 @pytest.mark.parametrize("fields", SCALED_DOWN.values(), ids=SCALED_DOWN)
 def test_params_json_survives_the_round_trip(tmp_path, fields):
-    content = {"n_layers": 2, "norm_eps": 1e-05, "vocab_size": -1, **fields}
+    content = {"n_layers": 2, "norm_eps": 1e-05, "vocab_size": VOCAB, **fields}
     tokenizer = write_sentencepiece(tmp_path / "tokenizer.model")
     weights = meta_weights(content, dtype=torch.bfloat16)
     meta = write_meta(tmp_path / "meta", content, weights, tokenizer=tokenizer)
@@ -147,7 +148,6 @@ def test_params_json_survives_the_round_trip(tmp_path, fields):
 ODD = {
     "odd width": {"intermediate_size": 113},
     "theta": {"rope_theta": 5e5},
-    "wide heads": {"head_dim": 20},
     "narrow": {"intermediate_size": 24},
     "MQA": {"num_key_value_heads": 1},
     "eps": {"rms_norm_eps": 3e-7},
@@ -160,9 +160,10 @@ ODD = {
 def test_configuration_that_meta_never_had_survives(tmp_path, fields):
     config = tiny_config(**fields)
     LlamaReproForCausalLM(config).save_pretrained(tmp_path / "ours")
-    export(tmp_path / "ours", tmp_path / "meta")
+    said = export(tmp_path / "ours", tmp_path / "meta")
+    assert f"to convert this back, say --context-length {config.max_position_embeddings}" in said
     fields = ("hidden_size", "intermediate_size", "head_dim", "num_key_value_heads", "rope_theta", "rms_norm_eps")
-    back = open_source(tmp_path / "meta").config
+    back = open_source(tmp_path / "meta", context_length=config.max_position_embeddings).config
     for name in (*fields, "max_position_embeddings", "vocab_size"):
         assert getattr(back, name) == getattr(config, name), name
 
@@ -174,8 +175,9 @@ def test_context_is_recognised_by_the_weights_not_by_the_configurations_dtype(tm
     LlamaReproForCausalLM(config).bfloat16().save_pretrained(tmp_path / "ours")
     path = tmp_path / "ours" / "config.json"
     path.write_text(path.read_text().replace("bfloat16", "float16"))
-    export(tmp_path / "ours", tmp_path / "meta")
-    assert open_source(tmp_path / "meta").config.max_position_embeddings == 2048
+    assert "say --context-length 2048" in export(tmp_path / "ours", tmp_path / "meta")
+    with pytest.raises(CheckpointError, match="bfloat16 weights speaks for LLaMA 2; norm_eps 1e-06 speaks for LLaMA 1"):
+        open_source(tmp_path / "meta")
 
 
 def test_tokenizer_model_is_the_original_file(tmp_path):
@@ -189,6 +191,7 @@ def test_tokenizer_model_is_the_original_file(tmp_path):
 REFUSED = {
     "attention_bias": ({"attention_bias": True}, 1, "attention_bias = True"),
     "mlp_bias": ({"mlp_bias": True}, 1, "mlp_bias = True"),
+    "wide heads": ({"head_dim": 20}, 1, "head_dim = 20"),
     "activation": ({"hidden_act": "gelu"}, 1, "hidden_act = gelu"),
     "rope scaling": ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, 1, "linear"),
     "dividing the width, not the vocabulary": ({}, 2, "2 shards do not divide the 131 of output.weight"),

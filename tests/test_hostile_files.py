@@ -84,7 +84,7 @@ def test_code_in_a_shard_is_refused_and_not_run(tmp_path, capsys, kind, save):
 def test_code_in_a_pickle_that_torch_never_writes_is_not_run(tmp_path, kind):
     meta = meta_folder(tmp_path / "meta", shards=2)
     save_bare_newer(hostile(kind, tmp_path / "evidence"), meta / "consolidated.01.pth")
-    with pytest.raises(CheckpointError, match=r"\.01\.pth is truncated or damaged \(Unsupported operand 149\)"):
+    with pytest.raises(CheckpointError, match=r"\.01\.pth was saved with pickle protocol 4"):
         convert(meta, tmp_path / "ours", with_tokenizer=False)
     assert [path.name for path in tmp_path.iterdir()] == ["meta"]
 

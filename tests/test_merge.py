@@ -159,7 +159,7 @@ def test_merged_model_goes_to_metas_layout_and_back_bit_for_bit(tmp_path):
     adapter = adapter_folder(tmp_path / "adapter", base, target_modules="all-linear")
     merge(adapter, tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "meta", with_tokenizer=False)
-    convert(tmp_path / "meta", tmp_path / "back", with_tokenizer=False)
+    convert(tmp_path / "meta", tmp_path / "back", with_tokenizer=False, context_length=256)
     before, after = weights(tmp_path / "ours"), weights(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

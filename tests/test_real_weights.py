@@ -38,7 +38,7 @@ def meta(request, smollm2_gguf, tmp_path_factory):
 @pytest.fixture(scope="session")
 def ours(meta, tmp_path_factory):
     target = tmp_path_factory.mktemp("ours") / "smollm2"
-    convert(meta, target)
+    convert(meta, target, context_length=8192)
     yield AutoModelForCausalLM.from_pretrained(target)
     shutil.rmtree(target)
 
@@ -78,12 +78,12 @@ def test_our_classes_run_it(ours):
 
 def test_params_json_is_as_meta_would_write_it(meta):
     content = json.loads((meta / "params.json").read_text())
-    assert {name: content[name] for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")} == {
+    assert {name: content[name] for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")} == {
         "dim": 576,
         "n_layers": 30,
         "n_heads": 9,
         "n_kv_heads": 3,
-        "max_seq_len": 8192,
+        "vocab_size": 49152,
     }
 
 

@@ -1,11 +1,11 @@
 """What an evaluation ends in: rows beside the published numbers, a table, JSON, and a picture."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..durable import rename
 from ..errors import InputError
 from ..paper.results import BENCHMARKS, family
 from ..paper.sizes import Size
@@ -102,7 +102,7 @@ def write_json(path: Path, header: dict[str, Any], rows: list[Row], metrics: dic
     content = {**header, "rows": [asdict(row) for row in rows], "metrics": metrics}
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    rename(partial, path)
 
 
 def draw(path: Path, title: str, rows: list[Row], size: Size | None) -> None:
