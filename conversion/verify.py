@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import add_version, run
+from hf_llama_repro.command import Parser, add_version, run
 from hf_llama_repro.errors import CheckpointError
+from hf_llama_repro.local_path import input_path
 
 # torch and transformers are imported where they are used, so that --help answers at once.
 if TYPE_CHECKING:
@@ -343,16 +344,16 @@ def table(checks: list[Check]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-verify",
         description="Prove that a converted folder is its source: weights, computation, tokenizer.",
         epilog="Exit code 0: it is; 1: it is not, and the table says where; 2: something cannot be read.",
     )
-    parser.add_argument("source", type=Path, help="Meta folder, Hugging Face Llama folder, or .gguf file")
-    parser.add_argument("target", type=Path, help="folder that was made of it")
+    parser.add_argument("source", type=input_path, help="Meta folder, Hugging Face Llama folder, or .gguf file")
+    parser.add_argument("target", type=input_path, help="folder that was made of it")
     parser.add_argument("--tokens", dest="num_tokens", type=int, default=NUM_TOKENS, metavar="N", help="to run (256)")
     parser.add_argument("--layers", type=int, metavar="N", help="to run (all)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model that was used")
+    parser.add_argument("--tokenizer", type=input_path, metavar="FILE", help="tokenizer.model that was used")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     add_version(parser)
     return parser

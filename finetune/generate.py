@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import add_version, run
+from hf_llama_repro.command import Parser, add_version, run
 
 from .answering import (
     InstructionPrompts,
@@ -36,7 +36,7 @@ def pieces(model: Any, answer: "Answer") -> Iterator[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-generate", description="Answer an instruction, asked by the template of the training."
     )
     add_model_flags(parser)

@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from importlib.util import find_spec
 from typing import Any
 
-from .command import add_version, run
+from .command import Parser, add_version, run
 from .errors import InputError
 from .versions import TRANSFORMERS
 
@@ -137,7 +137,7 @@ def installed_vllm() -> str | None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-run",
         description="Run a program of this environment that knows LlamaRepro folders: "
         "hf-llama-run transformers serve FOLDER",

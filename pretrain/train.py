@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llama_repro import recipe_file
-from hf_llama_repro.command import add_version, run
+from hf_llama_repro.command import Parser, add_version, run
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.local_path import refuse_hub_name
 from hf_llama_repro.run_folder import open_run
 
 from .recipe import Recipe, add_recipe_flags, load_recipe
@@ -43,6 +44,7 @@ def pretrain(recipe: Recipe, *, resume: bool = False, stop_after: str = "") -> P
 
     if not recipe.output_dir:
         raise InputError("the recipe names no output_dir: add the key, or --output-dir PATH")
+    refuse_hub_name(recipe.tokenizer, key="tokenizer")
     model_config(recipe, recipe.vocab_size)
     accelerator = make_accelerator(recipe)
     recipe.accumulation(accelerator.num_processes)
@@ -155,7 +157,7 @@ def _report(training: "Run", model: Path, say: Say) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-pretrain",
         description="Train a LLaMA from nothing, by a recipe.",
         epilog="Exit code 2: the message says what to mend; what was saved before is intact.",

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..command import run
+from ..command import Parser, run
 from ..errors import InputError
 
 DEFAULT_GPUS = 2_048
@@ -18,7 +18,7 @@ DEFAULT_UTILISATION = 0.47
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m hf_llama_repro.paper",
         description="Print the tables of the LLaMA papers, or what follows for one size.",
     )
