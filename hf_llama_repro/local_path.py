@@ -11,6 +11,8 @@ _HUB_NAME = re.compile(
     r"(?:https?:/+(?:huggingface\.co|hf\.co)/+)?(?P<kind>datasets/)?"
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?:tree|blob|resolve)/.*)?/?"
 )
+# What the folder of a run holds, which may be mistyped as well.
+_IN_A_RUN = re.compile(r"adapter|model|tokenizer|checkpoint-\d+")
 _FILES = (".bin", ".gguf", ".json", ".jsonl", ".model", ".pt", ".pth", ".safetensors", ".txt", ".yaml", ".yml")
 
 
@@ -18,7 +20,7 @@ def hub_hint(path: str | Path, *, dataset: bool = False) -> str:
     """What to do about `path` if it can only be a name on the Hub; "" for what exists or looks like a local path."""
     text = str(path)
     found = _HUB_NAME.fullmatch(text)
-    if found is None or found["name"].endswith(_FILES):
+    if found is None or found["name"].endswith(_FILES) or _IN_A_RUN.fullmatch(found["name"].rpartition("/")[2]):
         return ""
     is_address = text.startswith("http")
     if not is_address and (Path(text).exists() or Path(text).parent.exists()):

@@ -300,7 +300,19 @@ def test_a_name_on_the_hub_is_recognised(
 def test_what_can_be_a_path_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    local = ["runs/mistyped", "data/records.json", "a/b/c", "/a/b", "../a", "llama", "models/7b.gguf", "", "."]
+    local = [
+        "runs/mistyped",
+        "data/records.json",
+        "out/adapter",
+        "out/checkpoint-20",
+        "a/b/c",
+        "/a/b",
+        "../a",
+        "llama",
+        "models/7b.gguf",
+        "",
+        ".",
+    ]
     assert [path for path in local if hub_hint(path)] == []
     assert input_path("runs/mistyped") == Path("runs/mistyped")
     for address in (f"https://huggingface.co/{HUB}", f"https://huggingface.co/{HUB}/tree/main"):

@@ -350,7 +350,9 @@ def test_what_is_not_given_replaces_nothing(tmp_path: Path) -> None:
     assert load(tmp_path, as_yaml(Recipe(**TOGETHER)), **flags()) == Recipe(**TOGETHER)
 
 
-@pytest.mark.parametrize(("text", "value"), [("", True), ("true", True), ("True", True), ("false", False), ("FALSE", False)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("", True), ("true", True), ("True", True), ("false", False), ("FALSE", False)]
+)
 def test_a_flag_of_true_or_false_takes_both_and_stands_for_true_alone(text: str, value: bool) -> None:
     assert flags("--strict", *text.split()) == {"strict": value}
 
