@@ -19,7 +19,6 @@ from hf_llama_repro.local_path import refuse_hub_name
 from hf_llama_repro.run_folder import RECIPE_FILE, open_run
 
 from .published_flags import environment
-from .quiet import quiet
 from .recipe import Recipe, add_recipe_flags, load_recipe, nothing_to_train_on, overrides, recipe_for_flags
 
 # torch and transformers are imported where they are used, so that --help answers at once.
@@ -357,8 +356,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-
-    quiet()
 
     def say(line: str) -> None:
         if os.environ.get("RANK", "0") == "0":

@@ -10,7 +10,6 @@ import sys
 from hf_llama_repro.command import Parser, add_version, run
 
 from .answering import add_model_flags
-from .quiet import quiet
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +45,6 @@ def chat(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    quiet()
     return run(lambda: chat(arguments), interrupted="the conversation is over")
 
 

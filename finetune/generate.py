@@ -19,7 +19,6 @@ from .answering import (
     load_answering,
     sampling_of,
 )
-from .quiet import quiet
 
 if TYPE_CHECKING:
     from .decoding import Answer
@@ -73,7 +72,6 @@ def answer(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    quiet()
     return run(lambda: answer(arguments), interrupted="the answer is not complete")
 
 

@@ -21,7 +21,6 @@ from hf_llama_repro.command import Parser, add_version, run
 from hf_llama_repro.errors import InputError
 from hf_llama_repro.local_path import refuse_hub_name
 
-from .quiet import quiet
 from .recipe import RECIPES, Recipe, add_recipe_flags, load_recipe, make_recipe, nothing_to_train_on, overrides
 
 # torch and transformers are imported where they are used, so that --help answers at once.
@@ -370,7 +369,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def make_plan(arguments: argparse.Namespace) -> bool:
     """Prints the plan and the cards. Whether it fits the card of --gpu."""
-    quiet()
     gpu = None if arguments.gpu is None else card_bytes(arguments.gpu)
     recipe, config = read_source(arguments.source, overrides(arguments, say=print))
     if arguments.fsdp < 1:

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import __version__
 from .errors import InputError
+from .quiet import quiet
 
 _MAX_MESSAGE = 5000
 """Characters; a damaged file may name something at any length."""
@@ -52,11 +53,13 @@ def add_version(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
-def run(work: Callable[[], object], *, interrupted: str = "nothing was written") -> int:
+def run(work: Callable[[], object], *, interrupted: str = "nothing was written", quietly: bool = True) -> int:
     """The exit code of `work`: 0; 2 after an `InputError`, whose text is printed; 130 when it was interrupted.
 
-    `interrupted`: what an interruption leaves, for the message.
+    `interrupted`: what an interruption leaves, for the message. `quietly`: without what libraries tell developers.
     """
+    if quietly:
+        quiet()
 
     try:
         with _sigterm_as_interrupt():

@@ -146,6 +146,14 @@ class LlamaReproConfig(PretrainedConfig):
             raise ValueError(f"no model named {name!r} in the papers; there are {', '.join(PAPER_SIZES)}")
         return cls(**{**PAPER_SIZES[name], **kwargs})
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; a stock Llama folder is one of ours, of which transformers' warning is no use."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields.get("model_type") == "llama":
+            fields = {**fields, "model_type": cls.model_type}
+        return fields, kwargs
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types, with `rope_theta` beside `rope_parameters` for older readers."""
         fields = super().to_dict()

@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> Any:
         expose()
         found.append(script.load())
 
-    if code := run(load):
+    if code := run(load, quietly=False):
         return code
     sys.argv = [arguments.program, *arguments.arguments]
     return found[0]()

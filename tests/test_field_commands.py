@@ -1,20 +1,24 @@
 """What people really type: mistyped flags, flags of published scripts, names on the Hub, and commands in threads."""
 
 import json
+import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from finetune_runs import tiny_recipe
+from random_models import stock_config, tiny_config
+from transformers import MistralConfig
 
 from conversion import convert, export, merge, tokenizer_folder, verify
 from finetune import alpaca, chat, generate, plan
 from finetune.published_flags import FLAGS, SCRIPTS
 from finetune.recipe import FIELDS, RECIPES, Recipe, as_yaml, load_recipe, overrides, recipe_for_flags
-from hf_llama_repro import info, programs
+from hf_llama_repro import LlamaReproConfig, info, programs
 from hf_llama_repro.command import Parser, run
 from hf_llama_repro.errors import InputError
 from hf_llama_repro.evaluation import command as evaluation
@@ -340,3 +344,45 @@ def test_a_command_in_the_main_thread_ends_by_sigterm_as_by_ctrl_c(capsys: pytes
     assert run(lambda: os.kill(os.getpid(), signal.SIGTERM), interrupted="all is well") == 130
     assert "interrupted: all is well" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# What libraries tell their developers
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    """What transformers and bitsandbytes log; transformers' loggers do not hand on to the root's."""
+    messages: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    ear, loggers = Ear(), [logging.getLogger(name) for name in ("transformers", "bitsandbytes")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(ear)
+        logger.setLevel(logging.WARNING)
+    yield messages
+    for logger, level in zip(loggers, before, strict=True):
+        logger.removeHandler(ear)
+        logger.setLevel(level)
+
+
+def test_stock_llama_folders_are_opened_by_our_class_without_a_warning(tmp_path: Path, heard: list[str]) -> None:
+    stock_config(tiny_config()).save_pretrained(tmp_path)
+    config = LlamaReproConfig.from_pretrained(tmp_path)
+    assert config.model_type == "llama_repro"
+    assert config == LlamaReproConfig(**{**config.to_dict(), "model_type": "llama_repro"})
+    assert heard == []
+    MistralConfig().save_pretrained(tmp_path)
+    LlamaReproConfig.from_pretrained(tmp_path)  # what is no Llama is still told
+    assert any("of type `mistral`" in message for message in heard)
+
+
+def test_commands_keep_bitsandbytes_off_the_screen(heard: list[str]) -> None:
+    noise = "Failed to load CPU gemm_4bit_forward from kernels-community"
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning(noise)
+    assert heard == [noise]
+    assert run(lambda: logging.getLogger("bitsandbytes.backends.cpu.ops").warning(noise)) == 0
+    assert heard == [noise]
