@@ -1,0 +1,88 @@
+"""Folders and programs beside ours: what is saved names only what is there, and launched processes know our classes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaptionPromptConfig, get_peft_model
+from random_models import random_model, random_tokens, stock_twin, tiny_config
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM, LlamaReproForSequenceClassification
+from hf_llama_repro.configuration_llama_repro import AUTO_MAP
+
+ROOT = Path(__file__).parent.parent
+
+
+def saved_map(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "config.json").read_text()).get("auto_map", {})
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configuration and models saved with their code, as the documentation of transformers has it."""
+    for each in (LlamaReproConfig, LlamaReproForCausalLM, LlamaReproForSequenceClassification):
+        monkeypatch.setattr(each, "_auto_class", None)  # so that it is undone afterwards
+        each.register_for_auto_class()
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("model_class", [LlamaReproForCausalLM, LlamaReproForSequenceClassification])
+def test_a_model_registered_by_default_is_not_what_auto_model_gives(tmp_path: Path, model_class: Any) -> None:
+    random_model(tiny_config(), model_class).save_pretrained(tmp_path)
+    assert saved_map(tmp_path) == AUTO_MAP
+    assert saved_map(tmp_path)["AutoModel"].endswith(".LlamaReproModel")
+    assert saved_map(tmp_path)["AutoModelForCausalLM"].endswith(".LlamaReproForCausalLM")
+    assert {f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_configuration_saved_with_its_code_names_that_alone(tmp_path: Path) -> None:
+    config = tiny_config()
+    config.auto_map = dict(AUTO_MAP)
+    config.save_pretrained(tmp_path)
+    assert saved_map(tmp_path) == {"AutoConfig": AUTO_MAP["AutoConfig"]}
+    assert [path.name for path in tmp_path.glob("*.py")] == ["configuration_llama_repro.py"]
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> Path:
+    """A folder with `auto_map` and the files that it names, as hf-llama-convert writes it."""
+    folder = tmp_path / "converted"
+    random_model().save_pretrained(folder)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "auto_map": AUTO_MAP}))
+    for reference in AUTO_MAP.values():
+        name = f"{reference.partition('.')[0]}.py"
+        (folder / name).write_bytes((ROOT / "hf_llama_repro" / name).read_bytes())
+    return folder
+
+
+def test_a_configuration_saved_without_its_model_points_to_no_missing_file(converted: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(converted)
+    config.save_pretrained(tmp_path / "merged")
+    assert saved_map(tmp_path / "merged") == {}
+    assert type(AutoConfig.from_pretrained(tmp_path / "merged")) is LlamaReproConfig
+    assert config.auto_map == AUTO_MAP  # the object is what it was
+
+
+def test_saving_into_the_folder_of_the_code_keeps_naming_it(converted: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    model.config.save_pretrained(converted)
+    assert saved_map(converted) == AUTO_MAP
+    model.save_pretrained(converted)
+    assert saved_map(converted) == AUTO_MAP
+
+
+def test_code_on_the_hub_is_still_named(tmp_path: Path) -> None:
+    config = tiny_config()
+    config.auto_map = {"AutoConfig": f"org/name--{AUTO_MAP['AutoConfig']}", "AutoTokenizer": ["mine.Tokenizer", None]}
+    config.save_pretrained(tmp_path)
+    assert saved_map(tmp_path) == {"AutoConfig": f"org/name--{AUTO_MAP['AutoConfig']}"}
