@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaptionPromptConfig, get_peft_model
-from random_models import random_model, random_tokens, stock_twin, tiny_config
+from random_models import TOLERANCE, random_model, random_tokens, relative_difference, stock_twin, tiny_config
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM, LlamaReproForSequenceClassification
@@ -86,3 +86,28 @@ def test_code_on_the_hub_is_still_named(tmp_path: Path) -> None:
     config.auto_map = {"AutoConfig": f"org/name--{AUTO_MAP['AutoConfig']}", "AutoTokenizer": ["mine.Tokenizer", None]}
     config.save_pretrained(tmp_path)
     assert saved_map(tmp_path) == {"AutoConfig": f"org/name--{AUTO_MAP['AutoConfig']}"}
+
+
+# PEFT
+
+
+def test_adaption_prompts_compute_what_they_compute_with_stock_llama() -> None:
+    model = random_model(tiny_config(attention_dropout=0.0))
+    tokens = random_tokens(model.config)
+    outputs = []
+    for base in (model, stock_twin(model)):
+        torch.manual_seed(0)
+        config = AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
+        adapted: Any = get_peft_model(base, config)
+        for name, parameter in adapted.named_parameters():
+            if "adaption_gate" in name:
+                parameter.data.fill_(0.7)  # it starts at 0, where prompts do nothing
+        with torch.no_grad():
+            logits = adapted.eval()(tokens).logits
+            with adapted.disable_adapter():
+                moved = (adapted(tokens).logits - logits).abs().max()
+        generated = adapted.generate(input_ids=tokens, max_new_tokens=4, do_sample=False)
+        outputs.append((logits, generated))
+        assert moved > 0.1
+    assert relative_difference(outputs[0][0], outputs[1][0]) < TOLERANCE
+    assert torch.equal(outputs[0][1], outputs[1][1])
