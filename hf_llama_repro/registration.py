@@ -42,6 +42,12 @@ def _register_models() -> None:
         getattr(transformers, auto_class).register(LlamaReproConfig, model_class, exist_ok=True)
 
 
+def _expose() -> None:
+    from .programs import expose
+
+    expose()
+
+
 def _register_peft_targets() -> None:
     """Give LlamaRepro stock Llama's entry in each of PEFT's tables of default target modules."""
     import peft.utils.constants
@@ -69,6 +75,11 @@ _PENDING = {
     "peft.utils.constants": _register_peft_targets,
     "peft.tuners.adaption_prompt.config": _register_peft_attention,
 }
+
+
+def expose_when_loaded() -> None:
+    """Make our classes attributes of `transformers` as soon as that reads configurations, which name classes."""
+    _PENDING["transformers.configuration_utils"] = _expose
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -4,16 +4,25 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from finetune_runs import ON_CPU
 from peft import AdaptionPromptConfig, get_peft_model
 from random_models import TOLERANCE, random_model, random_tokens, relative_difference, stock_twin, tiny_config
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM, LlamaReproForSequenceClassification
+from finetune.processes import CONFIGURATIONS
+from hf_llama_repro import (
+    LlamaReproConfig,
+    LlamaReproForCausalLM,
+    LlamaReproForSequenceClassification,
+    programs,
+)
 from hf_llama_repro.configuration_llama_repro import AUTO_MAP
 
 ROOT = Path(__file__).parent.parent
@@ -111,3 +120,86 @@ def test_adaption_prompts_compute_what_they_compute_with_stock_llama() -> None:
         assert moved > 0.1
     assert relative_difference(outputs[0][0], outputs[1][0]) < TOLERANCE
     assert torch.equal(outputs[0][1], outputs[1][1])
+
+
+# Programs that start others
+
+# Loading models replaces the module `transformers` that was imported before.
+SEES = "import transformers; transformers.AutoConfig; import transformers; print(transformers.LlamaReproForCausalLM)"
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs a Python program inside of a program of hf-llama-run; what it prints."""
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.setattr(programs, "expose", lambda: None)  # in this process nothing is to change
+
+    def run_child(code: str, **environment: str) -> str:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        command = [sys.executable, "-c", code]
+        printed: list[str] = []
+
+        def launch() -> None:
+            finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+            printed.append(finished.stdout + finished.stderr)
+
+        module = ModuleType("launching_program")
+        module.main = launch  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        script = EntryPoint("launches", f"{module.__name__}:main", "console_scripts")
+        monkeypatch.setattr(programs, "entry_points", lambda **_: [script])
+        before = os.environ.get("PYTHONPATH")
+        assert programs.main(["launches"]) is None
+        assert os.environ.get("PYTHONPATH") == before
+        return printed[0]
+
+    return run_child
+
+
+def test_a_process_that_a_program_starts_has_our_classes_in_transformers(child: Any) -> None:
+    assert child(SEES).splitlines()[-1] == "<class 'hf_llama_repro.modeling_llama_repro.LlamaReproForCausalLM'>"
+
+
+def test_other_python_processes_pay_next_to_nothing(child: Any) -> None:
+    code = "import sys; print(sorted({'torch', 'transformers', 'hf_llama_repro'} & {*sys.modules}), sys.path)"
+    loaded, _, path = child(code).partition("] ")
+    assert loaded == "['hf_llama_repro'"
+    assert "startup" not in path
+
+
+def test_the_environments_own_sitecustomize_still_runs(child: Any, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "sitecustomize.py").write_text("print('its own')")
+    printed = child("import sys; print('hf_llama_repro' in sys.modules)", PYTHONPATH=str(tmp_path / "own"))
+    assert printed.split("\n")[:2] == ["its own", "True"]
+
+
+@pytest.mark.slow
+def test_accelerate_launches_processes_that_know_our_classes(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(f"{SEES}\n")
+    launch = ["accelerate", "launch", "--config_file", str(CONFIGURATIONS / "ddp.yaml"), "--num_processes", "2"]
+    assert run_program([*launch, "script.py"], tmp_path).stdout.count("LlamaReproForCausalLM'>") == 2
+
+
+@pytest.mark.slow
+def test_trl_trains_our_folder_by_its_command_line(tmp_path: Path, tiny_base: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.json").write_text(json.dumps([{"prompt": "a b", "completion": " c"}] * 4))
+    sft = ["trl", "sft", "--model_name_or_path", str(tiny_base), "--dataset_name", "data", "--output_dir", "out"]
+    run_program([*sft, "--max_steps", "1", "--report_to", "none", "--use_cpu"], tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is LlamaReproForCausalLM
+
+
+def run_program(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **ON_CPU, "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(
+        [sys.executable, "-m", "hf_llama_repro.programs", *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished
