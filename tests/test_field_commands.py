@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_runs import tiny_recipe
+import torch
+from finetune_runs import changed, tiny_recipe
 from random_models import stock_config, tiny_config
-from transformers import MistralConfig
+from transformers import MistralConfig, get_scheduler
 
 from conversion import convert, export, merge, tokenizer_folder, verify
 from finetune import alpaca, chat, generate, plan
 from finetune.published_flags import FLAGS, SCRIPTS
 from finetune.recipe import FIELDS, RECIPES, Recipe, as_yaml, load_recipe, overrides, recipe_for_flags
+from finetune.training import training_arguments
 from hf_llama_repro import LlamaReproConfig, info, programs
 from hf_llama_repro.command import Parser, run
 from hf_llama_repro.errors import InputError
@@ -239,6 +241,18 @@ def test_a_project_at_wandb_reaches_wandb() -> None:
     arguments = alpaca.build_parser().parse_args(["demo", "--wandb_project", "llamas", "--wandb_run_name=one"])
     assert overrides(arguments) == {"report_to": ("wandb",)}
     assert alpaca.environment(arguments) == {"WANDB_PROJECT": "llamas", "WANDB_NAME": "one"}
+
+
+def test_a_constant_learning_rate_is_warmed_up(recipe: Recipe) -> None:
+    arguments = training_arguments(changed(recipe, lr_schedule="constant", warmup_steps=4), 1, torch.float32)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, int(arguments.warmup_steps), 12)
+    rates = []
+    for _ in range(12):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert rates == [0.0, 0.25, 0.5, 0.75, *[1.0] * 8]
 
 
 def test_reporting_to_none_is_reporting_to_nobody(recipe: Recipe) -> None:
