@@ -6,7 +6,7 @@ import difflib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from . import __version__
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     mistyped required flag as missing.
     """
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         given = list(sys.argv[1:] if args is None else args)
         self._refuse_unknown(given)
         return super().parse_args(given, namespace)

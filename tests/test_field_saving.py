@@ -26,6 +26,7 @@ from hf_llama_repro import (
 from hf_llama_repro.configuration_llama_repro import AUTO_MAP
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(programs.__file__).parent
 
 
 def saved_map(folder: Path) -> dict[str, str]:
@@ -166,6 +167,13 @@ def test_other_python_processes_pay_next_to_nothing(child: Any) -> None:
     loaded, _, path = child(code).partition("] ")
     assert loaded == "['hf_llama_repro'"
     assert "startup" not in path
+
+
+def test_the_wheel_brings_the_startup_of_other_processes() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    files = {path for pattern in setuptools["package-data"]["hf_llama_repro"] for path in PACKAGE.glob(pattern)}
+    assert programs.STARTUP / "sitecustomize.py" in files
 
 
 def test_the_environments_own_sitecustomize_still_runs(child: Any, tmp_path: Path) -> None:
