@@ -186,7 +186,7 @@ def ours(folder: Path, train: Path, precision: str, limit: int) -> tuple[Any, An
 
 def one(side: str, precision: str, train: Path, held_out: Path, limit: int) -> dict[str, Any]:
     """One training run in this process, and its figures."""
-    from finetune.quiet import quiet
+    from hf_llama_repro.quiet import quiet
 
     quiet()
     import torch

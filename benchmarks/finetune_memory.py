@@ -92,8 +92,8 @@ def measure(name: str, folder: Path, device: Any) -> dict[str, int]:
     from finetune.memory import StorageRecord, train
     from finetune.model import Compute, load_model, read_config
     from finetune.plan import plan
-    from finetune.quiet import quiet
     from finetune.recipe import Recipe
+    from hf_llama_repro.quiet import quiet
 
     quiet()
     settings = {**SETTINGS, **ON_CUDA}[name]

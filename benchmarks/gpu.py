@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from finetune_memory import SHAPE  # noqa: E402
 from model import NEW_TOKENS, WORK, compare, decode, machine  # noqa: E402
 
-from finetune.quiet import quiet  # noqa: E402
 from hf_llama_repro import PAPER_SIZES, LlamaReproConfig, LlamaReproForCausalLM, optimize, restore  # noqa: E402
+from hf_llama_repro.quiet import quiet  # noqa: E402
 
 GB = 1e9
 SMALL = "smollm2-135m"

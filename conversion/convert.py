@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import DONE, PARTIAL, add_version, run
+from hf_llama_repro.command import DONE, PARTIAL, Parser, add_version, run
 from hf_llama_repro.errors import CheckpointError, NotItsSourceError
+from hf_llama_repro.local_path import input_path
 
 # torch and transformers are imported where they are used, so that --help answers at once.
 if TYPE_CHECKING:
@@ -341,13 +342,13 @@ def _write_generation_config(folder: Path, opened: "Source") -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-convert",
         description="Make a folder that from_pretrained and pipeline open out of a LLaMA checkpoint.",
         epilog="The target appears under its name only when it is whole. Exit code 2: the message says what to mend. "
         "With --verify, 1: what was written is not the source, and nothing is left of it; 3: written, proved in part.",
     )
-    parser.add_argument("source", type=Path, help="Meta folder, Hugging Face Llama folder, or .gguf file")
+    parser.add_argument("source", type=input_path, help="Meta folder, Hugging Face Llama folder, or .gguf file")
     parser.add_argument("target", type=Path, nargs="?", help="folder to make")
     parser.add_argument(
         "--as",
@@ -358,7 +359,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto (default): the source's")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, tokenizer.json, .gguf or folder to use"
+        "--tokenizer",
+        type=input_path,
+        metavar="FILE",
+        help="tokenizer.model, tokenizer.json, .gguf or folder to use",
     )
     parser.add_argument("--no-tokenizer", dest="with_tokenizer", action="store_false", help="write none")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from hf_llama_repro.command import add_version, run
+from hf_llama_repro.command import Parser, add_version, run
 from hf_llama_repro.errors import CheckpointError
+from hf_llama_repro.local_path import input_path
 
 # torch and transformers are imported where they are used, so that --help answers at once.
 if TYPE_CHECKING:
@@ -243,10 +244,12 @@ def _beyond(tokenizer: Any, model_file: Path) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-export", description="Write Meta's layout (params.json, consolidated.NN.pth) from a LLaMA model."
     )
-    parser.add_argument("model", type=Path, help="Hugging Face Llama or LlamaRepro folder, Meta folder, or .gguf file")
+    parser.add_argument(
+        "model", type=input_path, help="Hugging Face Llama or LlamaRepro folder, Meta folder, or .gguf file"
+    )
     parser.add_argument("target", type=Path, help="folder to make")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of consolidated.NN.pth (default: 1)")
     parser.add_argument("--no-tokenizer", dest="with_tokenizer", action="store_false", help="write none")

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import add_version, run
+from hf_llama_repro.command import Parser, add_version, run
 from hf_llama_repro.errors import CheckpointError
+from hf_llama_repro.local_path import input_path
 
 from .convert import DTYPES, Conversion, new_folder
 
@@ -375,15 +376,17 @@ def _quietly() -> Iterator[None]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-merge",
         description="Merge a LoRA adapter into its base: a folder that from_pretrained and pipeline open.",
         epilog="The target appears under its name only when it is whole. Exit code 2: the message says what to mend.",
     )
-    parser.add_argument("adapter", type=Path, help="folder with adapter_config.json and adapter_model.safetensors")
+    parser.add_argument(
+        "adapter", type=input_path, help="folder with adapter_config.json and adapter_model.safetensors"
+    )
     parser.add_argument("target", type=Path, help="folder to make")
     parser.add_argument(
-        "--base", type=Path, metavar="FOLDER", help="16- or 32-bit base; default: as the adapter names it"
+        "--base", type=input_path, metavar="FOLDER", help="16- or 32-bit base; default: as the adapter names it"
     )
     parser.add_argument(
         "--as",

@@ -8,9 +8,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from hf_llama_repro.command import run
+from hf_llama_repro.command import Parser, run
 from hf_llama_repro.durable import rename
 from hf_llama_repro.errors import CheckpointError
+from hf_llama_repro.local_path import input_path
 from hf_llama_repro.outputs import obstacle
 
 from .tokenizer import convert_tokenizer
@@ -38,11 +39,11 @@ def write_tokenizer(source: Path, target: Path, *, context_length: int) -> list[
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m conversion.tokenizer_folder",
         description="Make a folder for AutoTokenizer of a SentencePiece model, with SentencePiece's ids.",
     )
-    parser.add_argument("source", type=Path, help="tokenizer.model")
+    parser.add_argument("source", type=input_path, help="tokenizer.model")
     parser.add_argument("target", type=Path, help="folder to make")
     parser.add_argument("--context-length", type=int, required=True, metavar="N", help="tokens, for model_max_length")
     return parser

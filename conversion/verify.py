@@ -12,8 +12,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import add_version, run
+from hf_llama_repro.command import Parser, add_version, run
 from hf_llama_repro.errors import CheckpointError
+from hf_llama_repro.local_path import input_path
 from hf_llama_repro.outputs import check_output_file, write_output
 
 from .checks import Check, compared, ending, table
@@ -377,17 +378,17 @@ def _without_tokenizer(tokenizer: Path | None, options: dict[str, Any]) -> Check
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-verify",
         description="Prove that a converted folder is its source: weights, computation, configuration, tokenizer.",
         epilog="Exit code 0: it is; 1: it is not, and the table says where; 2: something cannot be read; "
         "3: what was compared is, but something could not be compared.",
     )
-    parser.add_argument("source", type=Path, help="Meta folder, Hugging Face Llama folder, or .gguf file")
-    parser.add_argument("target", type=Path, help="folder that was made of it")
+    parser.add_argument("source", type=input_path, help="Meta folder, Hugging Face Llama folder, or .gguf file")
+    parser.add_argument("target", type=input_path, help="folder that was made of it")
     parser.add_argument("--tokens", dest="num_tokens", type=int, default=NUM_TOKENS, metavar="N", help="to run (256)")
     parser.add_argument("--layers", type=int, metavar="N", help="to run (all)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer that was used")
+    parser.add_argument("--tokenizer", type=input_path, metavar="FILE", help="tokenizer that was used")
     parser.add_argument(
         "--context-length", type=int, metavar="TOKENS", help="as given at the conversion, if the folder does not say"
     )

@@ -6,19 +6,21 @@ accelerate launch --config_file finetune/accelerate/ddp.yaml --num_processes 2 -
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import add_version, run
+from hf_llama_repro.command import Parser, add_version, run
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.local_path import refuse_hub_name
 from hf_llama_repro.outputs import check_output_folder
 from hf_llama_repro.run_folder import RECIPE_FILE, open_run
 
-from .quiet import quiet
-from .recipe import Recipe, add_recipe_flags, load_recipe, overrides
+from .published_flags import environment
+from .recipe import Recipe, add_recipe_flags, load_recipe, nothing_to_train_on, overrides, recipe_for_flags
 
 # torch and transformers are imported where they are used, so that --help answers at once.
 if TYPE_CHECKING:
@@ -46,6 +48,10 @@ def prepare_data(recipe: Recipe) -> Data:
 
     Raises `InputError` for data that cannot be used, with `strict` for data in which the linter finds anything.
     """
+    for name in ("base_model", "data"):
+        if not getattr(recipe, name):
+            raise InputError(f"the recipe names no {name}: add the key, or --{name.replace('_', '-')} PATH")
+        refuse_hub_name(getattr(recipe, name), key=name, dataset=name == "data")
     import random
 
     from .encoding import IGNORED, Encoder, padding_share
@@ -54,9 +60,6 @@ def prepare_data(recipe: Recipe) -> Data:
     from .template import load_template
     from .training import BatchesOfOneLength
 
-    for name in ("base_model", "data"):
-        if not getattr(recipe, name):
-            raise InputError(f"the recipe names no {name}: add the key, or --{name.replace('_', '-')} PATH")
     path, folder = Path(recipe.data), Path(recipe.base_model)
     context = read_config(folder).max_position_embeddings
     if recipe.max_length > context:
@@ -65,7 +68,7 @@ def prepare_data(recipe: Recipe) -> Data:
     if recipe.strict and findings:
         raise InputError("strict=true, and the linter finds:\n" + "\n".join(f"  {line}" for line in summary(findings)))
     if recipe.held_out >= len(records):
-        raise InputError(f"held_out={recipe.held_out} leaves nothing of {len(records)} records to train on")
+        raise InputError(nothing_to_train_on(recipe.held_out, len(records)))
     template = load_template(recipe.template)
     encoder = Encoder(load_tokenizer(folder), template)
     chosen = set(random.Random(recipe.seed).sample(range(len(records)), recipe.held_out))
@@ -148,7 +151,10 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
 
 def _check_reporting(recipe: Recipe) -> None:
     from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+    if unknown := sorted(set(recipe.report_to) - INTEGRATION_TO_CALLBACK.keys()):
+        raise InputError(f"report_to names {', '.join(unknown)}: one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
     if missing := sorted(set(recipe.report_to) - set(get_available_reporting_integrations())):
         raise InputError(f"report_to names {', '.join(missing)}, which is not installed: pip install {missing[0]}")
 
@@ -333,12 +339,16 @@ def inspect(recipe: Recipe, count: int) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-finetune",
         description="Fine-tune a LLaMA on instructions, by a recipe.",
         epilog="Exit code 2: the message says what to mend; what was saved before is intact.",
     )
-    parser.add_argument("recipe", help="YAML file, or the name of one in finetune/recipes/")
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        help="YAML file, or the name of one in finetune/recipes/; needless with alpaca-lora's or Stanford's flags",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
     parser.add_argument("--inspect", type=int, metavar="N", help="print N records as the model sees them, and end")
     add_recipe_flags(parser)
@@ -349,10 +359,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 
-    quiet()
+    def say(line: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(line, flush=True)
 
     def work() -> None:
-        recipe = load_recipe(arguments.recipe, overrides(arguments))
+        name = arguments.recipe or recipe_for_flags(arguments, say=say)
+        recipe = load_recipe(name, overrides(arguments, say=say))
+        os.environ.update(environment(arguments))
         if arguments.inspect is not None:
             inspect(recipe, arguments.inspect)
         else:

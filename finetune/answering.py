@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llama_repro.adapter_folder import attach
 from hf_llama_repro.errors import CheckpointError, InputError
+from hf_llama_repro.local_path import input_path
 
 # torch and transformers are imported where they are used, so that --help answers at once.
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ SAMPLING_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """What a command that answers takes: model, adapter, template, sampling, quantization, dtype."""
-    parser.add_argument("model", type=Path, help="folder of a base or of a merged model")
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="trained adapter for it")
+    parser.add_argument("model", type=input_path, help="folder of a base or of a merged model")
+    parser.add_argument("--adapter", type=input_path, metavar="FOLDER", help="trained adapter for it")
     parser.add_argument("--template", metavar="NAME", help="default: the one that lies with the adapter or model")
     parser.add_argument("--quantization", choices=("none", "int8", "nf4"), default="none", help="of the base")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")

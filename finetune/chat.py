@@ -7,16 +7,13 @@ python -m finetune.chat MODEL [--adapter ADAPTER] --terminal
 import argparse
 import sys
 
-from hf_llama_repro.command import add_version, run
+from hf_llama_repro.command import Parser, add_version, run
 
 from .answering import add_model_flags
-from .quiet import quiet
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-llama-chat", description="Talk to a model, in the browser or in the terminal."
-    )
+    parser = Parser(prog="hf-llama-chat", description="Talk to a model, in the browser or in the terminal.")
     add_model_flags(parser)
     parser.add_argument("--terminal", action="store_true", help="talk here instead of in the browser")
     parser.add_argument("--port", type=int, default=7860, help="of the page (default 7860); 0: any that is free")
@@ -48,7 +45,6 @@ def chat(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    quiet()
     return run(lambda: chat(arguments), interrupted="the conversation is over")
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import add_version, run
+from hf_llama_repro.command import Parser, add_version, run
 
 from .answering import (
     InstructionPrompts,
@@ -19,7 +19,6 @@ from .answering import (
     load_answering,
     sampling_of,
 )
-from .quiet import quiet
 
 if TYPE_CHECKING:
     from .decoding import Answer
@@ -36,7 +35,7 @@ def pieces(model: Any, answer: "Answer") -> Iterator[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-generate", description="Answer an instruction, asked by the template of the training."
     )
     add_model_flags(parser)
@@ -73,7 +72,6 @@ def answer(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    quiet()
     return run(lambda: answer(arguments), interrupted="the answer is not complete")
 
 

@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM, modeling_llama_repro
+from hf_llama_repro.quiet import quiet
 
 from .cpu_kernels import use_cpu_kernels
 from .model import add_adapter, bits_and_bytes, enable_checkpointing
-from .quiet import quiet
 from .recipe import Recipe
 
 Device = Literal["cuda", "cpu"]

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import ANSWER_IS_NO, DONE, add_version, run
+from hf_llama_repro.command import ANSWER_IS_NO, DONE, Parser, add_version, run
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.local_path import refuse_hub_name
 from hf_llama_repro.outputs import check_output_file, write_output
 
-from .quiet import quiet
-from .recipe import RECIPES, Recipe, add_recipe_flags, load_recipe, make_recipe, overrides
+from .recipe import RECIPES, Recipe, add_recipe_flags, load_recipe, make_recipe, nothing_to_train_on, overrides
 
 # torch and transformers are imported where they are used, so that --help answers at once.
 if TYPE_CHECKING:
@@ -305,6 +305,7 @@ def read_source(source: str, changes: dict[str, Any]) -> tuple[Recipe, "LlamaRep
     elif Path(source).is_file() or (RECIPES / f"{source}.yaml").is_file():
         recipe = load_recipe(source, changes)
     else:
+        refuse_hub_name(source, key="RECIPE|MODEL")
         recipes = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise InputError(
             f"{source} is no recipe, no folder with a config.json and no model of the papers: there are the recipes "
@@ -315,6 +316,7 @@ def read_source(source: str, changes: dict[str, Any]) -> tuple[Recipe, "LlamaRep
         return recipe, read_config(Path(base))
     if base in PAPER_SIZES:
         return recipe, LlamaReproConfig.from_paper(base)
+    refuse_hub_name(base, key="base_model")
     named = f"base_model={base!r} does not exist" if base else f"{source} names no base_model"
     raise InputError(
         f"{named}: to plan without the weights, add --base-model llama-7b (or another of {', '.join(PAPER_SIZES)})"
@@ -337,12 +339,12 @@ def count_records(recipe: Recipe, given: int | None) -> int | None:
     if count is None:
         return None
     if recipe.held_out >= count:
-        raise InputError(f"held_out={recipe.held_out} leaves nothing of {count} records to train on")
+        raise InputError(nothing_to_train_on(recipe.held_out, count))
     return count - recipe.held_out
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-plan",
         description="Say what memory a fine-tuning run takes, on which cards it fits, and what to change if not.",
         epilog="No weights are read. Exit code 1: it does not fit the card of --gpu. 2: the message says what to mend.",
@@ -368,10 +370,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def make_plan(arguments: argparse.Namespace) -> int:
     """Prints the plan and the cards; the exit code says whether it fits the card of --gpu."""
-    quiet()
     check_output_file("--json", arguments.json)
     gpu = None if arguments.gpu is None else card_bytes(arguments.gpu)
-    recipe, config = read_source(arguments.source, overrides(arguments))
+    recipe, config = read_source(arguments.source, overrides(arguments, say=print))
     if arguments.fsdp < 1:
         raise InputError(f"--fsdp {arguments.fsdp} must be at least 1")
     divided: dict[str, Any] = {"num_processes": arguments.fsdp, "fsdp": arguments.fsdp > 1}

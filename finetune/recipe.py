@@ -5,6 +5,7 @@ Where a field's default is not alpaca-lora's, its help says so; the published se
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from typing import Any, Literal
 from hf_llama_repro import recipe_file
 from hf_llama_repro.errors import InputError
 from hf_llama_repro.recipe_file import setting as _setting
+
+from .published_flags import add_published_flags, script_of, translate
 
 FOLDER = Path(__file__).parent
 RECIPES = FOLDER / "recipes"
@@ -70,6 +73,8 @@ class Recipe:
             # Written into a file, "./" would come to mean that file's folder.
             if getattr(self, name).startswith("./"):
                 object.__setattr__(self, name, str(Path(getattr(self, name))))
+        if self.report_to == ("none",):  # as TrainingArguments say it
+            object.__setattr__(self, "report_to", ())
         for name in ("epochs", "learning_rate", "weight_decay"):
             self._check(name, math.isfinite(getattr(self, name)), "a finite number")
         for name in ("max_length", "lora_r", "lora_alpha", "batch_size", "micro_batch_size", "logging_steps"):
@@ -116,6 +121,14 @@ class Recipe:
 FIELDS = recipe_file.fields(Recipe)
 
 
+def nothing_to_train_on(held_out: int, num_records: int) -> str:
+    """The message for held-out records that are all there are."""
+    return (
+        f"held_out={held_out} leaves nothing of {num_records} records to train on: set --held-out to less, such as "
+        f"{num_records // 10} (0: no loss is measured)"
+    )
+
+
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """The recipe in a YAML file, or of that name in `recipes/`; `overrides` replace its keys.
 
@@ -131,13 +144,28 @@ def make_recipe(content: dict[str, Any], *, where: str) -> Recipe:
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """`--key value` for every field of the recipe; what is not given is not in the namespace."""
+    """`--key value` for every field of the recipe, and the flags of published scripts; what is not given is absent."""
     recipe_file.add_flags(Recipe, parser)
+    add_published_flags(Recipe, parser)
 
 
-def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of the recipe that were given as flags."""
-    return recipe_file.overrides(Recipe, arguments)
+def overrides(arguments: argparse.Namespace, *, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """The fields of the recipe that were given as flags; `say` is told of those that are not used."""
+    own = recipe_file.overrides(Recipe, arguments)
+    translated = translate(arguments, own)
+    for note in translated.notes:
+        say(f"flag        {note}")
+    return {**own, **translated.keys}
+
+
+def recipe_for_flags(arguments: argparse.Namespace, *, say: Callable[[str], None] = lambda line: None) -> str:
+    """The recipe with the defaults of the published script that the flags belong to. Raises `InputError`."""
+    script = script_of(arguments, recipe_file.overrides(Recipe, arguments))
+    if script is None:
+        names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise InputError(f"name a recipe, which the flags change: a YAML file, or one of {names}")
+    say(f"recipe      {script.recipe}: the flags are those of {script.title}, and what they leave open is said there")
+    return script.recipe
 
 
 def as_yaml(recipe: Recipe) -> str:

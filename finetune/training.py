@@ -119,7 +119,8 @@ def training_arguments(recipe: Recipe, num_processes: int, dtype: torch.dtype, *
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps or -1,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.lr_schedule,
+        # transformers' "constant" ignores the warm-up.
+        lr_scheduler_type="constant_with_warmup" if recipe.lr_schedule == "constant" else recipe.lr_schedule,
         warmup_steps=recipe.warmup_steps or recipe.warmup_ratio,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,

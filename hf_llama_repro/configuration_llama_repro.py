@@ -4,6 +4,7 @@ Sources: LLaMA (arXiv 2302.13971, Table 2) and LLaMA 2 (arXiv 2307.09288, Table 
 Field names are those of transformers, so that a stock Llama `config.json` reads as it is.
 """
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -146,6 +147,29 @@ class LlamaReproConfig(PretrainedConfig):
             raise ValueError(f"no model named {name!r} in the papers; there are {', '.join(PAPER_SIZES)}")
         return cls(**{**PAPER_SIZES[name], **kwargs})
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; a stock Llama folder is one of ours, of which transformers' warning is no use."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields.get("model_type") == "llama":
+            fields = {**fields, "model_type": cls.model_type}
+        return fields, kwargs
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; `auto_map` names the classes of AUTO_MAP, and no file that the folder does not hold.
+
+        transformers would keep the map of the folder that was opened, without its files, and would name a causal LM
+        under AutoModel, which `register_for_auto_class` has for its default.
+        """
+        before = getattr(self, "auto_map", None)
+        if before:
+            self.auto_map = _auto_map_of_folder(Path(save_directory), before)
+            if not self.auto_map:
+                del self.auto_map
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if before:
+            self.auto_map = before
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types, with `rope_theta` beside `rope_parameters` for older readers."""
         fields = super().to_dict()
@@ -210,6 +234,19 @@ class LlamaReproConfig(PretrainedConfig):
         if part < 1 or whole % part:
             raise ValueError(f"{dividend}={whole} is not a multiple of {divisor}={part}: {remedy}")
         return whole // part
+
+
+def _auto_map_of_folder(folder: Path, auto_map: dict[str, Any]) -> dict[str, Any]:
+    """The entries whose code is in `folder` or on the Hub ("repository--file.Class"), ours as AUTO_MAP has them."""
+    kept = {}
+    for auto_class, reference in auto_map.items():
+        # A tokenizer's is a pair, of which one may be None.
+        names = [name for name in ([reference] if isinstance(reference, str) else reference) if name is not None]
+        if all("--" in name for name in names):
+            kept[auto_class] = reference
+        elif all((folder / f"{name.partition('.')[0]}.py").is_file() for name in names):
+            kept[auto_class] = AUTO_MAP.get(auto_class, reference)
+    return kept
 
 
 def _merged_rope_parameters(rope_parameters: dict | None, rope_scaling: dict | None, rope_theta: float | None) -> dict:

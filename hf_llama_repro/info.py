@@ -15,7 +15,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from . import __version__
-from .command import add_version, run
+from .command import Parser, add_version, run
 
 DISTRIBUTION = "hf-llama-repro"
 # Used where they are there, and in no extra: name on the registry -> for what.
@@ -168,7 +168,7 @@ def gather() -> dict[str, Section]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-info",
         description="Print versions, devices, and which integrations are there: to be put into a report of a problem.",
     )

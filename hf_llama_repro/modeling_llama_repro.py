@@ -296,15 +296,12 @@ class LlamaReproPreTrainedModel(PreTrainedModel):
     }
 
     def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs):
-        """As in transformers; where the code is saved along, `auto_map` is AUTO_MAP, and else there is none.
+        """As in transformers; where the code is saved along, `auto_map` is AUTO_MAP.
 
-        transformers would name the saved class only, but vLLM opens a causal LM by AutoModel; and it would keep the
-        `auto_map` of a folder that was opened by the installed package, without the files that it points to.
+        transformers would name the saved class only, but vLLM opens a causal LM by AutoModel.
         """
         if self._auto_class is not None:
             self.config.auto_map = dict(AUTO_MAP)
-        elif hasattr(self.config, "auto_map"):
-            del self.config.auto_map
         super().save_pretrained(save_directory, *args, **kwargs)
 
 

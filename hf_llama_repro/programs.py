@@ -2,21 +2,26 @@
 
     hf-llama-run transformers serve FOLDER
     hf-llama-run lm_eval --model hf --model_args pretrained=FOLDER --tasks TASK
+    hf-llama-run trl sft --model_name_or_path FOLDER --dataset_name json ...
 
-It runs a console script of this environment, which finds our classes where it looks for those of transformers.
+It runs a console script of this environment, which finds our classes where it looks for those of transformers, and so
+do the Python processes that it starts.
 """
 
 import argparse
+import contextlib
+import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from .command import add_version, run
+from .command import Parser, add_version, run
 from .errors import InputError
 from .versions import TRANSFORMERS
 
@@ -36,7 +41,10 @@ PROGRAMS = {
     "transformers": Program("transformers", TRANSFORMERS, "serve"),
     "lm_eval": Program("lm_eval", ">=0.4.13,<0.5", "eval"),
     "lm-eval": Program("lm_eval", ">=0.4.13,<0.5", "eval"),
+    "trl": Program("trl", ">=1.14,<2", "train"),
 }
+# Its sitecustomize.py is imported by every Python that has it in its path.
+STARTUP = Path(__file__).parent / "startup"
 # What `transformers serve` imports only when it is asked to serve.
 SERVING = ("fastapi", "uvicorn", "openai")
 VLLM_VERSIONS = ">=0.32,<0.33"
@@ -107,6 +115,20 @@ def expose() -> None:
         setattr(sys.modules["transformers"], name, model_class)
 
 
+@contextlib.contextmanager
+def exposed_in_children() -> Iterator[None]:
+    """Does what `expose` does in Python processes that are started meanwhile: `trl` trains in one of its own."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(STARTUP), *filter(None, [before])])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
 def register_with_vllm() -> None:
     """What vLLM calls in each of its processes (entry point group `vllm.general_plugins`).
 
@@ -137,7 +159,7 @@ def installed_vllm() -> str | None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-run",
         description="Run a program of this environment that knows LlamaRepro folders: "
         "hf-llama-run transformers serve FOLDER",
@@ -160,10 +182,11 @@ def main(argv: list[str] | None = None) -> Any:
         expose()
         found.append(script.load())
 
-    if code := run(load):
+    if code := run(load, quietly=False):
         return code
     sys.argv = [arguments.program, *arguments.arguments]
-    return found[0]()
+    with exposed_in_children():
+        return found[0]()
 
 
 if __name__ == "__main__":

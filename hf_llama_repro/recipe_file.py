@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import reprlib
 import typing
 from pathlib import Path
@@ -121,13 +122,20 @@ def _typed(name: str, wanted: Any, value: Any) -> Any:
         raise InputError(f"{name}={reprlib.repr(value)} must be a list of mappings with {', '.join(fields(part))}")
     if wanted == tuple[str, ...]:
         if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
+            return _names(value)
         if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
             return tuple(value)
     elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys with values"}
     raise InputError(f"{name}={reprlib.repr(value)} must be {names.get(wanted, 'a list of names')}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The names in "a,b", and in "[a, b]" or "['a', 'b']" as python-fire takes them."""
+    bracketed = re.fullmatch(r"\s*[\[(](.*)[\])]\s*", text, re.DOTALL)
+    parts = (part.strip() for part in (bracketed[1] if bracketed else text).split(","))
+    return tuple(part.strip("'\"") if bracketed else part for part in parts if part)
 
 
 def _choices(wanted: Any) -> tuple[Any, ...]:
@@ -151,10 +159,11 @@ def add_flags(cls: Any, parser: argparse.ArgumentParser) -> None:
         choices = _choices(wanted) or None
         default = ",".join(item.default) if isinstance(item.default, tuple) else item.default
         group.add_argument(
-            f"--{name.replace('_', '-')}",
-            f"--{name}",
+            *dict.fromkeys([as_flag(name), f"--{name}"]),
             dest=name,
-            type=_flag_type(wanted),
+            type=flag_type(wanted),
+            nargs="?" if wanted is bool else None,
+            const=True if wanted is bool else None,
             choices=choices,
             default=argparse.SUPPRESS,
             metavar=None if choices else name.rpartition("_")[2].upper(),
@@ -162,7 +171,15 @@ def add_flags(cls: Any, parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _flag_type(wanted: Any) -> Any:
+def as_flag(name: str) -> str:
+    """The flag of a key, as help and messages write it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def flag_type(wanted: Any) -> Any:
+    """What makes a key's value out of a flag's text."""
+    if wanted == tuple[str, ...]:
+        return _names
     return _boolean if wanted is bool else wanted if wanted in (int, float) else str
 
 

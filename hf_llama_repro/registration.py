@@ -8,6 +8,7 @@ import importlib.abc
 import importlib.util
 import sys
 import threading
+from typing import Any
 
 MODEL_TYPE = "llama_repro"
 
@@ -41,11 +42,28 @@ def _register_models() -> None:
         getattr(transformers, auto_class).register(LlamaReproConfig, model_class, exist_ok=True)
 
 
+def _expose() -> None:
+    from .programs import expose
+
+    expose()
+
+
 def _register_peft_targets() -> None:
-    """In each of PEFT's tables of default target modules, gives LlamaRepro the entry of stock Llama."""
+    """Give LlamaRepro stock Llama's entry in each of PEFT's tables of default target modules."""
     import peft.utils.constants
 
-    for table in vars(peft.utils.constants).values():
+    _register_in_tables(peft.utils.constants)
+
+
+def _register_peft_attention() -> None:
+    """Give LlamaRepro stock Llama's entry in the table of the attentions that take adaption prompts."""
+    import peft.tuners.adaption_prompt.config
+
+    _register_in_tables(peft.tuners.adaption_prompt.config)
+
+
+def _register_in_tables(module: Any) -> None:
+    for table in vars(module).values():
         if isinstance(table, dict) and "llama" in table:
             table.setdefault(MODEL_TYPE, table["llama"])
 
@@ -55,7 +73,13 @@ _PENDING = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,
     "peft.utils.constants": _register_peft_targets,
+    "peft.tuners.adaption_prompt.config": _register_peft_attention,
 }
+
+
+def expose_when_loaded() -> None:
+    """Make our classes attributes of `transformers` as soon as that reads configurations, which name classes."""
+    _PENDING["transformers.configuration_utils"] = _expose
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

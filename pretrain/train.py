@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llama_repro import recipe_file
-from hf_llama_repro.command import add_version, run
+from hf_llama_repro.command import Parser, add_version, run
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.local_path import refuse_hub_name
 from hf_llama_repro.outputs import check_output_folder
 from hf_llama_repro.run_folder import open_run
 
@@ -44,6 +45,7 @@ def pretrain(recipe: Recipe, *, resume: bool = False, stop_after: str = "") -> P
 
     if not recipe.output_dir:
         raise InputError("the recipe names no output_dir: add the key, or --output-dir PATH")
+    refuse_hub_name(recipe.tokenizer, key="tokenizer")
     check_output_folder("output_dir", Path(recipe.output_dir))
     check_output_folder("data_dir", recipe.data_path)
     model_config(recipe, recipe.vocab_size)
@@ -158,7 +160,7 @@ def _report(training: "Run", model: Path, say: Say) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-pretrain",
         description="Train a LLaMA from nothing, by a recipe.",
         epilog="Exit code 2: the message says what to mend; what was saved before is intact.",

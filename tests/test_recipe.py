@@ -350,14 +350,16 @@ def test_what_is_not_given_replaces_nothing(tmp_path: Path) -> None:
     assert load(tmp_path, as_yaml(Recipe(**TOGETHER)), **flags()) == Recipe(**TOGETHER)
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("True", True), ("false", False), ("FALSE", False)])
-def test_a_flag_of_true_or_false_takes_both(text: str, value: bool) -> None:
-    assert flags("--strict", text) == {"strict": value}
+@pytest.mark.parametrize(
+    ("text", "value"), [("", True), ("true", True), ("True", True), ("false", False), ("FALSE", False)]
+)
+def test_a_flag_of_true_or_false_takes_both_and_stands_for_true_alone(text: str, value: bool) -> None:
+    assert flags("--strict", *text.split()) == {"strict": value}
 
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--strict", "--strict yes", "--strict 1", "--seed 1.5", "--epochs x", "--method qlora", "--learningrate 1"],
+    ["--strict yes", "--strict 1", "--seed 1.5", "--epochs x", "--method qlora", "--learningrate 1"],
 )
 def test_a_wrong_flag_ends_the_command(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..command import add_version, run
+from ..command import Parser, add_version, run
 from ..errors import InputError
+from ..local_path import input_path
 from ..outputs import check_output_folder
 
 DEFAULT_TASKS = "mmlu,hellaswag,triviaqa,nq_open"
@@ -20,13 +21,15 @@ PACKAGES = ("hf-llama-repro", "lm-eval", "torch", "transformers", "datasets")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-llama-eval",
         description="Measure a model by lm-evaluation-harness, with the LLaMA papers' shots and normalisation, beside "
         "the published numbers.",
         epilog="A task's YAML file may call Python code of its folder: --include-path is for folders that you trust.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="llama_repro or llama folder, with its tokenizer")
+    parser.add_argument(
+        "model", type=input_path, metavar="MODEL", help="llama_repro or llama folder, with its tokenizer"
+    )
     parser.add_argument(
         "--tasks",
         default=DEFAULT_TASKS,
@@ -37,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--settings", metavar="NAMES", help="of the papers' columns, such as 5-shot,pass@1; default: all of a task"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each task; default: all")
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="trained adapter for the model")
+    parser.add_argument("--adapter", type=input_path, metavar="FOLDER", help="trained adapter for the model")
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="tasks of your own, which go first")
     parser.add_argument("--execute-code", action="store_true", help="let humaneval run what the model writes")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..command import run
+from ..command import Parser, run
 from ..errors import InputError
 from ..outputs import check_output_file, check_output_folder, write_output
 
@@ -19,7 +19,7 @@ DEFAULT_UTILISATION = 0.47
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m hf_llama_repro.paper",
         description="Print the tables of the LLaMA papers, or what follows for one size.",
     )
