@@ -5,7 +5,9 @@ accelerate launch --config_file finetune/accelerate/ddp.yaml --num_processes 2 -
 """
 
 import argparse
+import functools
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,58 +42,74 @@ class Data:
     """For people: what was read, what is odd, what was cut, how much is padding."""
 
 
-def prepare_data(recipe: Recipe) -> Data:
-    """Reads, lints, splits and encodes the recipe's data.
+def prepare_data(recipe: Recipe, *, say: Callable[..., None] | None = None) -> Data:
+    """Reads, lints, splits and encodes the recipe's data; `say` prints what it is about, and a terminal shows bars.
 
     Raises `InputError` for data that cannot be used, with `strict` for data in which the linter finds anything.
     """
     import random
 
-    from .encoding import IGNORED, Encoder, padding_share
-    from .model import load_tokenizer, read_config
-    from .records import read_records, summary
-    from .template import load_template
-    from .training import BatchesOfOneLength
-
+    path, folder = Path(recipe.data), Path(recipe.base_model)
     for name in ("base_model", "data"):
         if not getattr(recipe, name):
             raise InputError(f"the recipe names no {name}: add the key, or --{name.replace('_', '-')} PATH")
-    path, folder = Path(recipe.data), Path(recipe.base_model)
+    if say is not None and os.path.isfile(path):  # Path.is_file raises where a name is too long
+        say(f"reading     {path}, {path.stat().st_size / 1e6:,.1f} MB", flush=True)
+
+    from tqdm import tqdm
+
+    from .encoding import Encoder
+    from .model import load_tokenizer, read_config
+    from .records import read_records, summary
+    from .template import load_template
+
     context = read_config(folder).max_position_embeddings
     if recipe.max_length > context:
         raise InputError(f"max_length={recipe.max_length} is more than the base's context of {context} tokens")
-    records, findings = read_records(path)
+    template = load_template(recipe.template)
+    encoder = Encoder(load_tokenizer(folder), template)
+    watch = functools.partial(tqdm, unit=" records", disable=True if say is None else None, leave=False)
+    records, findings = read_records(path, watch=functools.partial(watch, desc="reading"))
     if recipe.strict and findings:
         raise InputError("strict=true, and the linter finds:\n" + "\n".join(f"  {line}" for line in summary(findings)))
     if recipe.held_out >= len(records):
         raise InputError(f"held_out={recipe.held_out} leaves nothing of {len(records)} records to train on")
-    template = load_template(recipe.template)
-    encoder = Encoder(load_tokenizer(folder), template)
     chosen = set(random.Random(recipe.seed).sample(range(len(records)), recipe.held_out))
     limits: dict[str, Any] = {"max_length": recipe.max_length, "truncation": recipe.truncation}
     train, cuts = encoder.encode_all(
         [record for index, record in enumerate(records) if index not in chosen],
         train_on_prompt=recipe.train_on_prompt,
+        watch=functools.partial(watch, desc="encoding"),
         **limits,
     )
-    held_out: list[Example] = []
-    if chosen:
-        held_out, _ = encoder.encode_all([records[index] for index in sorted(chosen)], **limits)
+    held_out, held_out_cuts = (
+        encoder.encode_all([records[index] for index in sorted(chosen)], **limits) if chosen else ([], None)
+    )
+    lines = [
+        f"data        {path}: {len(records)} records, {len(train)} to train on, {len(held_out)} held out",
+        *(f"lint        {line}" for line in summary(findings)),
+        *(f"length      {line}" for line in cuts.lines(recipe.max_length)),
+    ]
+    if held_out_cuts is not None and held_out_cuts.records:
+        lines += [f"length      held out: {line}" for line in held_out_cuts.lines(recipe.max_length)]
+    return Data(encoder, template, train, held_out, [*lines, *_counted(recipe, train)])
+
+
+def _counted(recipe: Recipe, train: list["Example"]) -> list[str]:
+    """Tokens of an epoch, and the padding that they need."""
+    from .encoding import IGNORED, padding_share
+    from .training import BatchesOfOneLength
+
     sampler = BatchesOfOneLength([len(example.input_ids) for example in train], recipe.batch_size, recipe.seed)
     before, after = (
         padding_share([sampler.lengths[index] for index in order], recipe.micro_batch_size)
         for order in (sampler.shuffled(), sampler)
     )
-    tokens = sum(sampler.lengths)
     supervised = sum(label != IGNORED for example in train for label in example.labels)
-    lines = [
-        f"data        {path}: {len(records)} records, {len(train)} to train on, {len(held_out)} held out",
-        *(f"lint        {line}" for line in summary(findings)),
-        *(f"length      {line}" for line in cuts.lines(recipe.max_length)),
-        f"tokens      {tokens:,} an epoch, {supervised:,} of them supervised",
+    return [
+        f"tokens      {sum(sampler.lengths):,} an epoch, {supervised:,} of them supervised",
         f"padding     {after:.1%} of the tokens computed; {before:.1%} without sorting by length within a step",
     ]
-    return Data(encoder, template, train, held_out, lines)
 
 
 def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
@@ -111,7 +129,7 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     check_engine(recipe)
     _check_reporting(recipe)
     say: Callable[..., None] = print if state.is_main_process else (lambda *_, **__: None)
-    data = prepare_data(recipe)
+    data = prepare_data(recipe, say=say if state.is_main_process else None)
     say("\n".join(data.lines), flush=True)
     checkpoint = open_run(
         recipe, load=load_recipe, free_fields=FREE_FIELDS, resume=resume, say=say, is_main=state.is_main_process
@@ -322,7 +340,7 @@ def _picture(output_dir: Path) -> str:
 
 def inspect(recipe: Recipe, count: int) -> None:
     """Prints the first records as the model sees them, with what is supervised between ⟦ and ⟧."""
-    data = prepare_data(recipe)
+    data = prepare_data(recipe, say=print)
     print("\n".join(data.lines))
     for number, example in enumerate(data.train[:count], start=1):
         supervised = sum(label != -100 for label in example.labels)

@@ -4,14 +4,15 @@ import collections
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hf_llama_repro.errors import InputError
 
 from .json_records import read_items
 from .record_forms import Finding, Record, Report, WrongRecordError, is_record, make_record
 
-T = TypeVar("T")
+# Is handed what is gone through, and gives it back.
+Watch = Callable[[Iterable[Any]], Iterable[Any]]
 UNREAD = "keys that are not read"
 # Of other kinds the first few places are enough; of keys each is another one.
 _MOST_KEYS = 20
@@ -28,9 +29,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\u2028\u2029]|
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
-def read_records(
-    path: Path, *, watch: Callable[[Iterable[T]], Iterable[T]] = lambda items: items
-) -> tuple[list[Record], list[Finding]]:
+def read_records(path: Path, *, watch: Watch = lambda items: items) -> tuple[list[Record], list[Finding]]:
     """The records that can be trained on, and everything that the linter found.
 
     `watch` is handed what is read and gives it back, to show how far it is. Raises `InputError` where the file is
@@ -39,7 +38,7 @@ def read_records(
     records: list[Record] = []
     report = Report()
     count = 0
-    for line, item in watch(read_items(path, is_record=is_record, unread=report.add_unread)):  # type: ignore[arg-type]
+    for line, item in watch(read_items(path, is_record=is_record, unread=report.add_unread)):
         count += 1
         where = f"{path}:{line}"
         try:
