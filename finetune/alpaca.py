@@ -6,17 +6,21 @@ accelerate launch --config_file finetune/accelerate/ddp.yaml --num_processes 2 -
 
 import argparse
 import functools
+import hashlib
+import json
 import math
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_llama_repro.checkpoints import failed_writes_reported, sha256_of
 from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import InputError
-from hf_llama_repro.run_folder import RECIPE_FILE, open_run
+from hf_llama_repro.run_folder import RECIPE_FILE, Input, open_run
 
 from .quiet import quiet
 from .recipe import Recipe, add_recipe_flags, load_recipe, overrides
@@ -26,6 +30,13 @@ if TYPE_CHECKING:
     from .encoding import Encoder, Example
     from .template import Template
 
+# What of a base decides a run.
+_BASE_FILES = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("*.safetensors", "pytorch_model*.bin"),
+)
+# Bytes of which the sums take so long that it is said.
+_LONG_TO_SUM = 10**9
 # Fields that may differ between a run and its continuation: they change nothing of what is computed.
 FREE_FIELDS = ("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "strict")
 
@@ -132,7 +143,13 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     data = prepare_data(recipe, say=say if state.is_main_process else None)
     say("\n".join(data.lines), flush=True)
     checkpoint = open_run(
-        recipe, load=load_recipe, free_fields=FREE_FIELDS, resume=resume, say=say, is_main=state.is_main_process
+        recipe,
+        load=load_recipe,
+        free_fields=FREE_FIELDS,
+        resume=resume,
+        say=say,
+        is_main=state.is_main_process,
+        inputs=_inputs(recipe, data.template, say),
     )
     state.wait_for_everyone()
     _check_shared(recipe)
@@ -148,18 +165,46 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     say(*_check_and_time(recipe, data, model, trainer, state), sep="\n", flush=True)
     if checkpoint is None and state.is_main_process:
         (Path(recipe.output_dir) / METRICS).unlink(missing_ok=True)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     target = Path(recipe.output_dir) / ("adapter" if recipe.method == "lora" else "model")
-    trainer.save_final(target)
-    if data.held_out:
-        after = trainer.evaluate()["eval_loss"]
-        before, number = _held_out_before(recipe), len(data.held_out)
-        say(f"held out    loss {before:.4f} before, {after:.4f} after, over {number} records")
-    if state.is_main_process:
-        say(_picture(Path(recipe.output_dir)))
+    with failed_writes_reported(Path(recipe.output_dir), Path(recipe.output_dir), only_full_disk=True):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.save_final(target)
+        if data.held_out:
+            after = trainer.evaluate()["eval_loss"]
+            before, number = _held_out_before(recipe), len(data.held_out)
+            say(f"held out    loss {before:.4f} before, {after:.4f} after, over {number} records")
+        if state.is_main_process:
+            say(_picture(Path(recipe.output_dir)))
     say(f"written     {target}")
     end(state)
     return target
+
+
+def _inputs(recipe: Recipe, template: "Template", say: Callable[..., None]) -> dict[str, Callable[[], Input]]:
+    """How to read what identifies the run's data, base and template: their content, wherever they lie."""
+
+    def sums(path: str, files: dict[str, Path]) -> Input:
+        try:
+            if (size := sum(file.stat().st_size for file in files.values())) > _LONG_TO_SUM:
+                say(f"checksums   of {path}, {size / 1e9:,.1f} GB", flush=True)
+            with ThreadPoolExecutor(4) as pool:
+                found = dict(zip(files, pool.map(sha256_of, files.values()), strict=True))
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error})") from None
+        return Input(str(Path(path).resolve()), found)
+
+    def read_template() -> Input:
+        said = {name: value for name, value in vars(template).items() if name != "description"}
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+        path = Path(recipe.template)
+        return Input(str(path.resolve()) if path.is_file() else recipe.template, {"the prompts": digest})
+
+    base = Path(recipe.base_model)
+    return {
+        "data": lambda: sums(recipe.data, {"the file": Path(recipe.data)}),
+        "base_model": lambda: sums(recipe.base_model, {p.name: p for name in _BASE_FILES for p in base.glob(name)}),
+        "template": read_template,
+    }
 
 
 def _check_reporting(recipe: Recipe) -> None:

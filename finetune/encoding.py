@@ -56,8 +56,8 @@ class Cuts:
         ]
         if self.prompts:
             lines.append(
-                f"the prompt alone fills the limit of {limit} tokens in {len(self.prompts)} records: nothing of their "
-                f"response is left (the first: {self.prompts[0]})"
+                f"prompt alone of {limit} tokens or more: {len(self.prompts)} records, of whose response nothing is "
+                f"left (the first: {self.prompts[0]})"
             )
         return lines
 

@@ -1,19 +1,24 @@
 """Checkpoints that are whole or not there: written aside, renamed at the end, and checked before they are used."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+from .errors import TrainingStoppedError, failed_write, is_full_disk
+
 MANIFEST = "manifest.json"
+_REPLACED = ".replaced"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def seal(folder: Path) -> None:
     """Writes the sha256 sums of the folder's files into it, and everything to the disk."""
-    sums = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    sums = {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     (folder / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
     for path in (*folder.rglob("*"), folder):
         descriptor = os.open(path, os.O_RDONLY)
@@ -28,7 +33,7 @@ def damage(folder: Path) -> str | None:
     try:
         sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in sums.items():
-            if _sha256(folder / name) != expected:
+            if sha256_of(folder / name) != expected:
                 return f"{name} is not what was written"
     except (OSError, ValueError, AttributeError) as error:
         return str(error)
@@ -38,12 +43,52 @@ def damage(folder: Path) -> str | None:
 def publish(partial: Path, target: Path) -> None:
     """Seals `partial` and gives it the name `target`, in place of what bore it."""
     seal(partial)
-    replaced = partial.with_name(partial.name + "-replaced")
+    bring_back(target)
+    replaced = _replaced(target)
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
         target.rename(replaced)
-    partial.rename(target)
+    try:
+        partial.rename(target)
+    finally:
+        bring_back(target)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def bring_back(target: Path) -> None:
+    """After a stop between the two renames of `publish` the folder that was to be replaced gets its name again."""
+    if (replaced := _replaced(target)).exists() and not target.exists():
+        replaced.rename(target)
+
+
+def bring_back_all(output_dir: Path) -> None:
+    """`bring_back` for everything in the run's folder."""
+    for replaced in output_dir.glob(f".*{_REPLACED}"):
+        bring_back(output_dir / replaced.name[1 : -len(_REPLACED)])
+
+
+def _replaced(target: Path) -> Path:
+    # Not in the folder of what is half-written, which is removed.
+    return target.with_name(f".{target.name}{_REPLACED}")
+
+
+@contextlib.contextmanager
+def failed_writes_reported(target: Path, output_dir: Path, *, only_full_disk: bool = False) -> Iterator[None]:
+    """Makes one message of a failed write: that of `target`, and which checkpoint of `output_dir` is good.
+
+    `only_full_disk`: around code that does more than write. Raises `TrainingStoppedError`.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = failed_write(error)
+        if reason is None or (only_full_disk and not is_full_disk(error)):
+            raise
+        last = next(reversed(checkpoints(output_dir)), None)
+        raise TrainingStoppedError(
+            f"{target} could not be written ({reason}); the last good checkpoint is {last or 'none'}: "
+            "make room, and go on with --resume"
+        ) from error
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -73,7 +118,8 @@ def keep_newest(output_dir: Path, limit: int) -> None:
         shutil.rmtree(checkpoint)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llama_repro import recipe_file
+from hf_llama_repro.checkpoints import failed_writes_reported
 from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import InputError
 from hf_llama_repro.run_folder import open_run
@@ -68,9 +69,10 @@ def pretrain(recipe: Recipe, *, resume: bool = False, stop_after: str = "") -> P
         flush=True,
     )
     if checkpoint is not None:
-        training.resume(checkpoint)
+        training.resume(checkpoint, say)
     begin, target = time.perf_counter(), Path(recipe.output_dir) / "model"
-    with training.sums_in_order():
+    output_dir = target.parent
+    with training.sums_in_order(), failed_writes_reported(output_dir, output_dir, only_full_disk=True):
         _train_with_bar(training)
         say(f"trained     {time.perf_counter() - begin:.0f} s")
         training.save_model(target)
