@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from .encoding import Encoder, Example
     from .template import Template
 
-# What of a base decides a run.
+# The files of a base on which a run depends.
 _BASE_FILES = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("*.safetensors", "pytorch_model*.bin"),
 )
-# Bytes of which the sums take so long that it is said.
-_LONG_TO_SUM = 10**9
+# Bytes whose checksums take seconds: announced beforehand.
+_LONG_TO_READ = 10**9
 # Fields that may differ between a run and its continuation: they change nothing of what is computed.
 FREE_FIELDS = ("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "strict")
 
@@ -181,11 +181,11 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
 
 
 def _inputs(recipe: Recipe, template: "Template", say: Callable[..., None]) -> dict[str, Callable[[], Input]]:
-    """How to read what identifies the run's data, base and template: their content, wherever they lie."""
+    """Return functions that read the content of the data, the base and the template, which identifies the run."""
 
-    def sums(path: str, files: dict[str, Path]) -> Input:
+    def checksums(path: str, files: dict[str, Path]) -> Input:
         try:
-            if (size := sum(file.stat().st_size for file in files.values())) > _LONG_TO_SUM:
+            if (size := sum(file.stat().st_size for file in files.values())) > _LONG_TO_READ:
                 say(f"checksums   of {path}, {size / 1e9:,.1f} GB", flush=True)
             with ThreadPoolExecutor(4) as pool:
                 found = dict(zip(files, pool.map(sha256_of, files.values()), strict=True))
@@ -201,8 +201,10 @@ def _inputs(recipe: Recipe, template: "Template", say: Callable[..., None]) -> d
 
     base = Path(recipe.base_model)
     return {
-        "data": lambda: sums(recipe.data, {"the file": Path(recipe.data)}),
-        "base_model": lambda: sums(recipe.base_model, {p.name: p for name in _BASE_FILES for p in base.glob(name)}),
+        "data": lambda: checksums(recipe.data, {"the file": Path(recipe.data)}),
+        "base_model": lambda: checksums(
+            recipe.base_model, {p.name: p for name in _BASE_FILES for p in base.glob(name)}
+        ),
         "template": read_template,
     }
 

@@ -1,6 +1,6 @@
-"""Turns an object of instruction data into a conversation: Alpaca's form and its relatives, ShareGPT, messages, pairs.
+"""Turns an object of instruction data into a conversation: Alpaca and its like, ShareGPT, messages, preference pairs.
 
-Every key is used, refuses the record, or is counted as not read.
+Every key is used, makes the record unusable, or is counted as not read.
 """
 
 import re
@@ -27,7 +27,7 @@ _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "
 _WEIGHTS = ("weight", "train", "training")
 # KTO's mark of an example; false says that it is a bad one.
 _LABELS = ("label", "kto_tag")
-# No template says these, and an answer that follows from them teaches to invent.
+# No template can express these; without them the answer would teach to make things up.
 _NOT_TEXT = (
     *("tools", "functions", "tool_calls", "function_call"),
     *("image", "images", "video", "videos", "audio", "audios"),
@@ -44,7 +44,7 @@ class Record:
     turns: tuple[Turn, ...]
     system: str = ""
     unsupervised: frozenset[int] = frozenset()
-    """Numbers of the turns whose response is read and not learned."""
+    """Numbers of the turns whose response is context and not learned."""
 
 
 class Finding(NamedTuple):
@@ -63,11 +63,11 @@ class WrongRecordError(Exception):
 
 @dataclass
 class Report:
-    """What was found in the records read so far."""
+    """Collects findings while records are read."""
 
     findings: list[Finding] = field(default_factory=list)
     unread: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """Name of a key that is not read -> where it stands first, number of records that have it."""
+    """Key that is not read -> where it occurs first, number of records with it."""
 
     def keep(self, where: str, kind: str, detail: str) -> None:
         """Note something odd about a record that is trained on."""
@@ -117,7 +117,7 @@ class _Reader:
         self.unread_inside: dict[str, None] = {}
 
     def check_usable(self) -> None:
-        """Raises `WrongRecordError` for keys that say the opposite, or what no template can."""
+        """Raise `WrongRecordError` for keys that reverse the meaning, or that no template can express."""
         for name in _LABELS:
             if self.item.get(name) is False:
                 raise WrongRecordError("bad example", f"{name} is false: it shows what not to answer")
@@ -214,7 +214,7 @@ class _Reader:
         for name in _WEIGHTS:
             if found.get(name) is not None:
                 is_supervised = _is_supervised(found[name], name)
-                # Whether prompts are learned is the run's to say, and of a single one it cannot be said.
+                # Whether prompts are learned is set for the whole run, by train_on_prompt.
                 if said.speaker == "assistant" or not is_supervised:
                     said = said._replace(is_supervised=said.is_supervised and is_supervised)
                     read.add(name)
@@ -304,4 +304,4 @@ def _is_supervised(weight: Any, name: str) -> bool:
 def _check_is_text(found: dict[str, Any]) -> None:
     for name in _NOT_TEXT:
         if found.get(name) not in _EMPTY:
-            raise WrongRecordError("more than text", f"{name}: no template can say it; remove the key or the record")
+            raise WrongRecordError("more than text", f"no template can express {name}: remove the key or the record")

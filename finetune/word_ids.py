@@ -1,8 +1,8 @@
-"""Encodes texts by looking up their words: some times as fast as the tokenizer, with its ids.
+"""Encodes texts by looking up their words: the ids of the tokenizer, in a quarter of its time.
 
-A SentencePiece BPE tokenizer takes a text as one long word, of which no library keeps the ids. But where no piece goes
-on beyond the end of a word, nothing that is merged crosses from one word to the next: a text's ids are those of its
-words, each with the spaces before it.
+A SentencePiece BPE tokenizer merges a whole text as one word, so that `tokenizers` caches nothing. But where no piece
+extends beyond the end of a word, no merge crosses from one word to the next: the ids of a text are those of its words,
+each with the spaces before it, one after the other.
 """
 
 import re
@@ -16,7 +16,7 @@ SPACE = "\u2581"
 _WORDS = re.compile(" *[^ ]+| +")
 # Characters; longer ones seldom come again.
 _LONGEST = 32
-_MOST = 1 << 19
+_MOST = 1 << 18
 
 
 class WordIds(dict[str, list[int]]):
@@ -33,7 +33,7 @@ class WordIds(dict[str, list[int]]):
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """The ids that the tokenizer gives."""
+        """Return the ids that the tokenizer gives."""
         if SPACE in text:  # would be merged with the spaces around it
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         return list(chain.from_iterable(map(self.__getitem__, _WORDS.findall(text))))

@@ -56,25 +56,25 @@ def publish(partial: Path, target: Path) -> None:
 
 
 def bring_back(target: Path) -> None:
-    """After a stop between the two renames of `publish` the folder that was to be replaced gets its name again."""
+    """Give the replaced folder its name again, where `publish` was killed between its two renames."""
     if (replaced := _replaced(target)).exists() and not target.exists():
         replaced.rename(target)
 
 
 def bring_back_all(output_dir: Path) -> None:
-    """`bring_back` for everything in the run's folder."""
+    """Call `bring_back` for everything in the folder of a run."""
     for replaced in output_dir.glob(f".*{_REPLACED}"):
         bring_back(output_dir / replaced.name[1 : -len(_REPLACED)])
 
 
 def _replaced(target: Path) -> Path:
-    # Not in the folder of what is half-written, which is removed.
+    # Not beside `partial`: that folder is removed at the beginning of every save.
     return target.with_name(f".{target.name}{_REPLACED}")
 
 
 @contextlib.contextmanager
 def failed_writes_reported(target: Path, output_dir: Path, *, only_full_disk: bool = False) -> Iterator[None]:
-    """Makes one message of a failed write: that of `target`, and which checkpoint of `output_dir` is good.
+    """Turn a failed write of `target` into one message, which names the last good checkpoint of `output_dir`.
 
     `only_full_disk`: around code that does more than write. Raises `TrainingStoppedError`.
     """
@@ -87,7 +87,7 @@ def failed_writes_reported(target: Path, output_dir: Path, *, only_full_disk: bo
         last = next(reversed(checkpoints(output_dir)), None)
         raise TrainingStoppedError(
             f"{target} could not be written ({reason}); the last good checkpoint is {last or 'none'}: "
-            "make room, and go on with --resume"
+            "free some space, and resume with --resume"
         ) from error
 
 
@@ -119,7 +119,7 @@ def keep_newest(output_dir: Path, limit: int) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
+    """Return the sha256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -12,19 +12,19 @@ from .recipe_file import as_yaml
 
 RECIPE_FILE = "recipe.yaml"
 INPUTS_FILE = "inputs.json"
-"""Where the run's inputs lie, and the sha256 of their content."""
+"""Holds the paths of the run's inputs and the sha256 of their content."""
 RESULTS = ("adapter", "model")
 """What a finished run leaves, one of them."""
 R = TypeVar("R")
 
 
 class Input(NamedTuple):
-    """What a key of the recipe names, by its content."""
+    """The content that a key of the recipe names."""
 
     path: str
     """Resolved, for people: the content may lie elsewhere the next time."""
     sha256: dict[str, str]
-    """Part of it, such as a file's name -> the sum of its content."""
+    """Part, such as the name of a file -> checksum of its content."""
 
 
 def open_run(
@@ -71,13 +71,13 @@ def open_run(
 def _check_inputs(
     output_dir: Path, inputs: Mapping[str, Callable[[], Input]], say: Callable[..., None], *, is_main: bool
 ) -> None:
-    """Raises `InputError` where the content of an input is not what the run began with."""
+    """Raise `InputError` where the content of an input differs from that at the start of the run."""
     if not is_main or not inputs:
         return
     if (begun := _read_inputs(output_dir)) is None:
         say(
-            f"note        {output_dir} has no checksums of {', '.join(inputs)} (an earlier version began it): "
-            "that they are the same is not checked"
+            f"note        {output_dir} has no checksums of {', '.join(inputs)} (it was begun by an earlier version): "
+            "whether they are the same is not checked"
         )
         return
     for name, read in inputs.items():
@@ -106,7 +106,10 @@ def _read_inputs(output_dir: Path) -> dict[str, Input] | None:
 def _check_same(
     output_dir: Path, recipe: Any, begun: Any, free_fields: tuple[str, ...], inputs: tuple[str, ...]
 ) -> None:
-    """Raises `InputError` where a field is not what the run began with; `inputs` name files, by whichever path."""
+    """Raise `InputError` where a field differs from that at the start.
+
+    `inputs` are compared as resolved paths, and not at all where their content is.
+    """
     by_content = (output_dir / INPUTS_FILE).is_file()
 
     def is_same(name: str) -> bool:

@@ -67,7 +67,7 @@ class Prepared:
     """For people: what each source holds."""
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """By which a continuation tells whether it has the data that the run began with.
+        """Return what a resumed run compares with that of its start.
 
         data: documents, tokens and bytes of each source; sha256: of its tokens and of the tokenizer, None where they
         were prepared without.
@@ -103,14 +103,14 @@ def prepare(recipe: Recipe) -> list[str]:
 def open_prepared(recipe: Recipe) -> Prepared:
     """What `prepare` wrote. Raises `InputError` where no document is as long as the context, or none is held out."""
     train, held_out, lines, longest = {}, {}, [], 0
-    sums: dict[str, str | None] = {"the tokenizer": tokenizer_sha256(recipe)}
+    checksums: dict[str, str | None] = {"the tokenizer": tokenizer_sha256(recipe)}
     for source in recipe.sources:
         folder = recipe.data_path / source.name
         settings = _settings(folder)
         train[source.name] = tokens = Tokens.open(folder, "train", settings["dtype"])
         kept = held_out[source.name] = Tokens.open(folder, "held_out", settings["dtype"])
         longest = max(longest, settings["longest"])
-        sums[source.name] = settings.get("sha256")
+        checksums[source.name] = settings.get("sha256")
         epochs = source.share * recipe.num_steps * recipe.batch_tokens / len(tokens.ids)
         lines.append(
             f"source      {source.name}: {len(tokens):,} documents, {int(tokens.num_bytes.sum()):,} bytes, "
@@ -124,7 +124,7 @@ def open_prepared(recipe: Recipe) -> Prepared:
             f"context_length={recipe.context_length} is longer than any document: the longest has {longest} tokens; "
             "choose a shorter context, or longer documents"
         )
-    return Prepared(train, held_out, sums, lines)
+    return Prepared(train, held_out, checksums, lines)
 
 
 def token_count(recipe: Recipe, source: Source) -> int:
@@ -191,7 +191,7 @@ class _SetWriter:
     def __init__(self, folder: Path, name: str, dtype: str):
         self.dtype, self.end = dtype, 0
         self.sha256 = sha256()
-        """Of every document's number of tokens and tokens."""
+        """Of the number of tokens and the tokens of every document."""
         self._files = {kind: (folder / f"{name}.{kind}").open("wb") for kind in ("ids", "ends", "num_bytes")}
 
     def add(self, ids: list[int], num_bytes: int) -> None:

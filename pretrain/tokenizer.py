@@ -44,7 +44,7 @@ SETTINGS = "tokenizer-settings.json"
 def prepare_tokenizer(recipe: Recipe) -> str:
     """Makes `tokenizer/` in the recipe's data folder, or finds it; a line for humans comes back.
 
-    Raises `InputError` where it cannot be trained or brought over with equal ids, or was made with other settings.
+    Raises `InputError` where it cannot be trained or brought over with equal ids, or exists with other settings.
     """
     target, settings = recipe.data_path / FOLDER, recipe.data_path / SETTINGS
     if recipe.tokenizer and not Path(recipe.tokenizer).is_file():
@@ -67,7 +67,7 @@ def prepare_tokenizer(recipe: Recipe) -> str:
 
 
 def _made_with(recipe: Recipe) -> dict[str, Any]:
-    """The settings that decide the tokenizer."""
+    """Return the settings that determine the tokenizer."""
     if recipe.tokenizer:
         return {"tokenizer": sha256_of(Path(recipe.tokenizer))}
     sources = [{**asdict(source), "fingerprint": fingerprint(source)} for source in recipe.sources]
@@ -83,9 +83,9 @@ def _made_with(recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_settings(recipe: Recipe, target: Path, settings: Path) -> str:
-    """What is to be said of a tokenizer that lies there already. Raises `InputError` where the recipe asks for another.
+    """Describe how an existing tokenizer differs from the recipe's. Raises `InputError` where its settings differ.
 
-    A mixture that has changed is said and no more: a tokenizer that is shared by runs is that of none of them.
+    Changed files of the mixture are reported only: runs with several mixtures may share a tokenizer.
     """
     wanted = _made_with(recipe)
     try:
@@ -108,7 +108,7 @@ def _check_settings(recipe: Recipe, target: Path, settings: Path) -> str:
 
 
 def save_tokenizer(recipe: Recipe, folder: Path) -> None:
-    """Copies the prepared tokenizer, with the context of this run: others may share it."""
+    """Copy the prepared tokenizer, which runs may share, with this run's context length."""
     for path in (recipe.data_path / FOLDER).iterdir():
         shutil.copyfile(path, folder / path.name)
     path = folder / "tokenizer_config.json"
@@ -117,7 +117,7 @@ def save_tokenizer(recipe: Recipe, folder: Path) -> None:
 
 
 def tokenizer_sha256(recipe: Recipe) -> str:
-    """Of the prepared tokenizer's model."""
+    """Return the checksum of the prepared tokenizer's model."""
     return sha256_of(recipe.data_path / FOLDER / "tokenizer.model")
 
 

@@ -102,7 +102,7 @@ def test_a_run_without_checksums_resumes_with_a_note(copied: Path, capsys: Any) 
     (copied / "run" / "recipe.yaml").write_text(as_yaml(recipe_in(copied)))
     finetune(recipe_in(copied), resume=True)
     printed = capsys.readouterr().out
-    assert "has no checksums of data, base_model, template (an earlier version began it)" in printed
+    assert "has no checksums of data, base_model, template (it was begun by an earlier version)" in printed
     assert "resume      " in printed
 
 
@@ -213,7 +213,7 @@ def test_a_disk_that_is_full_at_any_time_ends_fine_tuning_with_one_message(
     assert main([str(tmp_path / "recipe.yaml")]) == 2
     message = capsys.readouterr().err
     checkpoint = tmp_path / "run" / ("checkpoint-1" if step == "metrics" else "checkpoint-2")
-    assert f"(no space left on the disk); the last good checkpoint is {checkpoint}: make room" in message
+    assert f"(no space left on the disk); the last good checkpoint is {checkpoint}: free some space" in message
     assert "Traceback" not in message
 
 
@@ -233,7 +233,7 @@ def test_a_disk_that_is_full_at_the_last_save_ends_pretraining_with_one_message(
     output = Path(short_pretraining.output_dir)
     message = capfd.readouterr().err
     assert f"{output}/model could not be written (no space left on the disk); the last good checkpoint is " in message
-    assert f"{output}/checkpoint-2: make room, and go on with --resume" in message
+    assert f"{output}/checkpoint-2: free some space, and resume with --resume" in message
     assert "Traceback" not in message
     assert not (output / ".partial-model").exists()
     assert pretrain_main([path, "--resume"]) == 0
