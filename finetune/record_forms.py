@@ -32,6 +32,7 @@ _NOT_TEXT = (
     *("tools", "functions", "tool_calls", "function_call"),
     *("image", "images", "video", "videos", "audio", "audios"),
 )
+_LONGEST_NAME = 80
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]")
 
 
@@ -75,6 +76,7 @@ class Report:
 
     def add_unread(self, where: str, name: str) -> None:
         """Count a record that holds a key that is not read."""
+        name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
         first, count = self.unread.get(name, (where, 0))
         self.unread[name] = first, count + 1
 

@@ -97,6 +97,8 @@ def prepare(recipe: Recipe) -> list[str]:
         if found.get("made_of") != what:
             lines.append(f"prepare     {source.name}: {'its files or settings changed' if found else 'not there yet'}")
             _write(folder, source, recipe, processor, what)
+        elif not what["files"]:
+            lines.append(f"prepare     {source.name}: as it was; whether the dataset has changed is not checked")
     return lines
 
 

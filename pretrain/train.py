@@ -89,7 +89,8 @@ def _prepared(recipe: Recipe, accelerator: Any, say: Say) -> "Prepared":
     if accelerator.is_main_process:
         begin = time.perf_counter()
         say(f"tokenizer   {prepare_tokenizer(recipe)}", flush=True)
-        say(*prepare(recipe), sep="\n", end="\n" if recipe.sources else "")
+        lines = prepare(recipe)
+        say(*lines, sep="\n", end="\n" if lines else "")
         say(f"data        {recipe.data_path}, {time.perf_counter() - begin:.0f} s")
     accelerator.wait_for_everyone()
     prepared = open_prepared(recipe)

@@ -201,6 +201,14 @@ def test_keys_that_are_not_read_are_listed_once_with_their_number_of_records(tmp
     ]
 
 
+def test_many_and_long_unknown_keys_do_not_flood_the_report(tmp_path: Path) -> None:
+    _, findings = read(tmp_path, GOOD | {f"{number}{'x' * 200}": 1 for number in range(60)})
+    (line,) = summary(findings)
+    assert line.startswith(f"{UNREAD}: ")
+    assert line.endswith(" ...")
+    assert len(line) < 20 * (len(str(tmp_path)) + 150)
+
+
 def test_strict_refuses_keys_that_are_not_read(tiny_base: Path, tmp_path: Path) -> None:
     read(tmp_path, GOOD | {"source": "x"})
     recipe = Recipe(base_model=str(tiny_base), data=str(tmp_path / "data.json"), max_length=256)

@@ -19,6 +19,8 @@ from hf_llama_repro.checkpoints import publish, sha256_of
 from hf_llama_repro.errors import InputError
 from hf_llama_repro.run_folder import INPUTS_FILE, open_run
 from pretrain import training as pretraining
+from pretrain.recipe import Source
+from pretrain.sources import fingerprint
 from pretrain.tokenizer import SETTINGS, prepare_tokenizer
 from pretrain.train import main as pretrain_main
 from pretrain.train import pretrain
@@ -314,3 +316,15 @@ def test_a_model_has_its_own_context_in_a_tokenizer_that_runs_share(short_pretra
     pretrain(replace(short_pretraining, context_length=32))
     config = json.loads((Path(short_pretraining.output_dir) / "model" / "tokenizer_config.json").read_text())
     assert config["model_max_length"] == 32
+
+
+def test_a_dataset_in_a_folder_and_this_pythons_library_are_seen_to_change(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "train.parquet").write_text("a")
+    dataset = Source(name="d", format="dataset", files=(str(tmp_path / "dataset"),), share=1.0)
+    library = Source(name="p", format="python_sources", share=1.0)
+    before = fingerprint(dataset), fingerprint(library)
+    (tmp_path / "dataset" / "train.parquet").write_text("ab")
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
+    assert before[0] != fingerprint(dataset)
+    assert before[1] != fingerprint(library)
