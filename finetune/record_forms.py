@@ -142,15 +142,17 @@ class _Reader:
         if _NO_INPUT.fullmatch(values["input"] or ""):
             self.report.keep(self.where, "input that says there is none", repr(values["input"]))
             values["input"] = ""
+        missing = next((name for name in ("instruction", "output") if values[name] is None), None)
+        if missing is not None:
+            raise WrongRecordError(
+                "wrong type", f"no {missing}; a record has instruction and output, conversations or messages"
+            )
+        texts = {name: value or "" for name, value in values.items()}
         for name in ("instruction", "output"):
-            if values[name] is None:
-                raise WrongRecordError(
-                    "wrong type", f"no {name}; a record has instruction and output, conversations or messages"
-                )
-            if not values[name].strip():
+            if not texts[name].strip():
                 raise WrongRecordError(f"empty {name}", "")
-        last = Turn(values["instruction"], values["input"] or "", values["output"])
-        return Record(self.where, (*self._history(), last), values["system"] or "")
+        last = Turn(texts["instruction"], texts["input"], texts["output"])
+        return Record(self.where, (*self._history(), last), texts["system"])
 
     def conversation(self, key: str | None) -> Record:
         """Messages under `key`; None: a prompt and what answers it, one of them or both as messages."""
