@@ -132,7 +132,7 @@ class Encoder:
                 example = self._shorten(record, whole, max_length, truncation, train_on_prompt, cuts)
                 cuts.records += 1
                 cuts.tokens += len(whole.input_ids) - len(example.input_ids)
-            if all(label == IGNORED for label in example.labels):
+            if example.labels.count(IGNORED) == len(example.labels):
                 cuts.left_out.append(record.where)
             else:
                 examples.append(example)
