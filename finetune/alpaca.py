@@ -5,19 +5,24 @@ accelerate launch --config_file finetune/accelerate/ddp.yaml --num_processes 2 -
 """
 
 import argparse
+import functools
+import hashlib
+import json
 import math
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_llama_repro.checkpoints import failed_writes_reported, sha256_of
 from hf_llama_repro.command import Parser, add_version, run
 from hf_llama_repro.errors import InputError
 from hf_llama_repro.local_path import refuse_hub_name
 from hf_llama_repro.outputs import check_output_folder
-from hf_llama_repro.run_folder import RECIPE_FILE, open_run
+from hf_llama_repro.run_folder import RECIPE_FILE, Input, open_run
 
 from .published_flags import environment
 from .recipe import Recipe, add_recipe_flags, load_recipe, nothing_to_train_on, overrides, recipe_for_flags
@@ -27,6 +32,13 @@ if TYPE_CHECKING:
     from .encoding import Encoder, Example
     from .template import Template
 
+# The files of a base on which a run depends.
+_BASE_FILES = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("*.safetensors", "pytorch_model*.bin"),
+)
+# Bytes whose checksums take seconds: announced beforehand.
+_LONG_TO_READ = 10**9
 # Fields that may differ between a run and its continuation: they change nothing of what is computed.
 FREE_FIELDS = ("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "strict")
 
@@ -43,8 +55,8 @@ class Data:
     """For people: what was read, what is odd, what was cut, how much is padding."""
 
 
-def prepare_data(recipe: Recipe) -> Data:
-    """Reads, lints, splits and encodes the recipe's data.
+def prepare_data(recipe: Recipe, *, say: Callable[..., None] | None = None) -> Data:
+    """Reads, lints, splits and encodes the recipe's data; `say` prints what it is about, and a terminal shows bars.
 
     Raises `InputError` for data that cannot be used, with `strict` for data in which the linter finds anything.
     """
@@ -54,48 +66,64 @@ def prepare_data(recipe: Recipe) -> Data:
         refuse_hub_name(getattr(recipe, name), key=name, dataset=name == "data")
     import random
 
-    from .encoding import IGNORED, Encoder, padding_share
+    path, folder = Path(recipe.data), Path(recipe.base_model)
+    if say is not None and os.path.isfile(path):  # Path.is_file raises where a name is too long
+        say(f"reading     {path}, {path.stat().st_size / 1e6:,.1f} MB", flush=True)
+
+    from tqdm import tqdm
+
+    from .encoding import Encoder
     from .model import load_tokenizer, read_config
     from .records import read_records, summary
     from .template import load_template
-    from .training import BatchesOfOneLength
 
-    path, folder = Path(recipe.data), Path(recipe.base_model)
     context = read_config(folder).max_position_embeddings
     if recipe.max_length > context:
         raise InputError(f"max_length={recipe.max_length} is more than the base's context of {context} tokens")
-    records, findings = read_records(path)
+    template = load_template(recipe.template)
+    encoder = Encoder(load_tokenizer(folder), template)
+    watch = functools.partial(tqdm, unit=" records", disable=True if say is None else None, leave=False)
+    records, findings = read_records(path, watch=functools.partial(watch, desc="reading"))
     if recipe.strict and findings:
         raise InputError("strict=true, and the linter finds:\n" + "\n".join(f"  {line}" for line in summary(findings)))
     if recipe.held_out >= len(records):
         raise InputError(nothing_to_train_on(recipe.held_out, len(records)))
-    template = load_template(recipe.template)
-    encoder = Encoder(load_tokenizer(folder), template)
     chosen = set(random.Random(recipe.seed).sample(range(len(records)), recipe.held_out))
     limits: dict[str, Any] = {"max_length": recipe.max_length, "truncation": recipe.truncation}
     train, cuts = encoder.encode_all(
         [record for index, record in enumerate(records) if index not in chosen],
         train_on_prompt=recipe.train_on_prompt,
+        watch=functools.partial(watch, desc="encoding"),
         **limits,
     )
-    held_out: list[Example] = []
-    if chosen:
-        held_out, _ = encoder.encode_all([records[index] for index in sorted(chosen)], **limits)
+    held_out, held_out_cuts = (
+        encoder.encode_all([records[index] for index in sorted(chosen)], **limits) if chosen else ([], None)
+    )
+    lines = [
+        f"data        {path}: {len(records)} records, {len(train)} to train on, {len(held_out)} held out",
+        *(f"lint        {line}" for line in summary(findings)),
+        *(f"length      {line}" for line in cuts.lines(recipe.max_length)),
+    ]
+    if held_out_cuts is not None and held_out_cuts.records:
+        lines += [f"length      held out: {line}" for line in held_out_cuts.lines(recipe.max_length)]
+    return Data(encoder, template, train, held_out, [*lines, *_counted(recipe, train)])
+
+
+def _counted(recipe: Recipe, train: list["Example"]) -> list[str]:
+    """Tokens of an epoch, and the padding that they need."""
+    from .encoding import IGNORED, padding_share
+    from .training import BatchesOfOneLength
+
     sampler = BatchesOfOneLength([len(example.input_ids) for example in train], recipe.batch_size, recipe.seed)
     before, after = (
         padding_share([sampler.lengths[index] for index in order], recipe.micro_batch_size)
         for order in (sampler.shuffled(), sampler)
     )
-    tokens = sum(sampler.lengths)
-    supervised = sum(label != IGNORED for example in train for label in example.labels)
-    lines = [
-        f"data        {path}: {len(records)} records, {len(train)} to train on, {len(held_out)} held out",
-        *(f"lint        {line}" for line in summary(findings)),
-        *(f"length      {line}" for line in cuts.lines(recipe.max_length)),
-        f"tokens      {tokens:,} an epoch, {supervised:,} of them supervised",
+    supervised = sum(len(example.labels) - example.labels.count(IGNORED) for example in train)
+    return [
+        f"tokens      {sum(sampler.lengths):,} an epoch, {supervised:,} of them supervised",
         f"padding     {after:.1%} of the tokens computed; {before:.1%} without sorting by length within a step",
     ]
-    return Data(encoder, template, train, held_out, lines)
 
 
 def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
@@ -116,10 +144,16 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     check_engine(recipe)
     _check_reporting(recipe)
     say: Callable[..., None] = print if state.is_main_process else (lambda *_, **__: None)
-    data = prepare_data(recipe)
+    data = prepare_data(recipe, say=say if state.is_main_process else None)
     say("\n".join(data.lines), flush=True)
     checkpoint = open_run(
-        recipe, load=load_recipe, free_fields=FREE_FIELDS, resume=resume, say=say, is_main=state.is_main_process
+        recipe,
+        load=load_recipe,
+        free_fields=FREE_FIELDS,
+        resume=resume,
+        say=say,
+        is_main=state.is_main_process,
+        inputs=_inputs(recipe, data.template, say),
     )
     state.wait_for_everyone()
     _check_shared(recipe)
@@ -135,18 +169,48 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     say(*_check_and_time(recipe, data, model, trainer, state), sep="\n", flush=True)
     if checkpoint is None and state.is_main_process:
         (Path(recipe.output_dir) / METRICS).unlink(missing_ok=True)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     target = Path(recipe.output_dir) / ("adapter" if recipe.method == "lora" else "model")
-    trainer.save_final(target)
-    if data.held_out:
-        after = trainer.evaluate()["eval_loss"]
-        before, number = _held_out_before(recipe), len(data.held_out)
-        say(f"held out    loss {before:.4f} before, {after:.4f} after, over {number} records")
-    if state.is_main_process:
-        say(_picture(Path(recipe.output_dir)))
+    with failed_writes_reported(Path(recipe.output_dir), Path(recipe.output_dir), only_full_disk=True):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.save_final(target)
+        if data.held_out:
+            after = trainer.evaluate()["eval_loss"]
+            before, number = _held_out_before(recipe), len(data.held_out)
+            say(f"held out    loss {before:.4f} before, {after:.4f} after, over {number} records")
+        if state.is_main_process:
+            say(_picture(Path(recipe.output_dir)))
     say(f"written     {target}")
     end(state)
     return target
+
+
+def _inputs(recipe: Recipe, template: "Template", say: Callable[..., None]) -> dict[str, Callable[[], Input]]:
+    """Return functions that read the content of the data, the base and the template, which identifies the run."""
+
+    def checksums(path: str, files: dict[str, Path]) -> Input:
+        try:
+            if (size := sum(file.stat().st_size for file in files.values())) > _LONG_TO_READ:
+                say(f"checksums   of {path}, {size / 1e9:,.1f} GB", flush=True)
+            with ThreadPoolExecutor(4) as pool:
+                found = dict(zip(files, pool.map(sha256_of, files.values()), strict=True))
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error})") from None
+        return Input(str(Path(path).resolve()), found)
+
+    def read_template() -> Input:
+        said = {name: value for name, value in vars(template).items() if name != "description"}
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+        path = Path(recipe.template)
+        return Input(str(path.resolve()) if path.is_file() else recipe.template, {"the prompts": digest})
+
+    base = Path(recipe.base_model)
+    return {
+        "data": lambda: checksums(recipe.data, {"the file": Path(recipe.data)}),
+        "base_model": lambda: checksums(
+            recipe.base_model, {p.name: p for name in _BASE_FILES for p in base.glob(name)}
+        ),
+        "template": read_template,
+    }
 
 
 def _check_reporting(recipe: Recipe) -> None:
@@ -330,7 +394,7 @@ def _picture(output_dir: Path) -> str:
 
 def inspect(recipe: Recipe, count: int) -> None:
     """Prints the first records as the model sees them, with what is supervised between ⟦ and ⟧."""
-    data = prepare_data(recipe)
+    data = prepare_data(recipe, say=print)
     print("\n".join(data.lines))
     for number, example in enumerate(data.train[:count], start=1):
         supervised = sum(label != -100 for label in example.labels)

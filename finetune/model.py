@@ -97,7 +97,6 @@ def load_base(folder: Path, *, dtype: torch.dtype, device: torch.device, quantiz
         # every gradient after that is 0.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    model.config.use_cache = False
     return model
 
 

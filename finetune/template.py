@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import string
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ _SLOTS_OF = {
     "system": ["system"],
 }
 _REQUIRED = ("prompt", "response")
+# Keys of alpaca-lora's own template files, which a template of ours does not have.
+_ALPACA_LORA = {"prompt_no_input", "response_split"}
 
 
 class Turn(NamedTuple):
@@ -129,11 +132,52 @@ def load_template(name: str | Path) -> Template:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error})") from None
     try:
+        if isinstance(content, dict) and not _ALPACA_LORA.isdisjoint(content):
+            content = _from_alpaca_lora(content)
         _check_types(content)
         _check_slots(content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return Template(**{**content, "forbidden": tuple(content.get("forbidden", ()))})
+
+
+def _from_alpaca_lora(content: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    """The template that alpaca-lora's `Prompter` makes of such a file: `str.format`, and the answer right after it.
+
+    `response_split` finds the answer in a text; here it is told by its tokens. It must stand in both prompts, or
+    alpaca-lora would find none.
+    """
+    texts = ("prompt_input", "prompt_no_input", "response_split")
+    if unknown := sorted(set(content) - {*texts, "description"}):
+        raise InputError(f"a template of alpaca-lora has the keys description, {', '.join(texts)}, got {unknown}")
+    for key in (*texts, *({"description"} & set(content))):
+        if not isinstance(content.get(key), str) or (key in texts and not content[key]):
+            raise InputError(f"{key} of a template of alpaca-lora must be text, got {content.get(key)!r}")
+    for key in texts[:2]:
+        if content["response_split"] not in content[key]:
+            raise InputError(f"response_split={content['response_split']!r} does not stand in {key}")
+    return {
+        "description": content.get("description", ""),
+        "prompt": _unformatted(content["prompt_no_input"], "prompt_no_input"),
+        "prompt_input": _unformatted(content["prompt_input"], "prompt_input"),
+        "response": "{response}",
+    }
+
+
+def _unformatted(pattern: str, key: str) -> str:
+    """A pattern of `str.format` as one of ours: doubled braces stand for one. Raises `InputError` for other fields."""
+    allowed = ("instruction", "input") if key == "prompt_input" else ("instruction",)
+    try:
+        fields = list(string.Formatter().parse(pattern))
+    except ValueError as error:
+        raise InputError(f"{key} is no pattern of str.format ({error}): double a brace that is text") from None
+    named = [(name, form, conversion) for _, name, form, conversion in fields if name is not None]
+    if others := [name for name, form, conversion in named if name not in allowed or form or conversion]:
+        raise InputError(f"{key} must hold no fields but {' and '.join(allowed)}, in braces: got {others[0]!r}")
+    ours = "".join(text + (f"{{{name}}}" if name is not None else "") for text, name, _, _ in fields)
+    if _SLOT.findall(ours) != [name for name, _, _ in named]:
+        raise InputError(f"{key} spells a slot of a template in doubled braces: write it another way")
+    return ours
 
 
 def _check_types(content: typing.Any) -> None:

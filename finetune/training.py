@@ -11,12 +11,11 @@ import torch.distributed as dist
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_llama_repro.checkpoints import checkpoints, keep_newest, publish
-from hf_llama_repro.errors import failed_write
+from hf_llama_repro.checkpoints import checkpoints, failed_writes_reported, keep_newest, publish
 from hf_llama_repro.metrics import add_metrics, begin_metrics
 
 from .encoding import IGNORED, Example
-from .guards import TrainingStoppedError, Watch
+from .guards import Watch
 from .processes import backend, divides_weights, gather_trained, let_fsdp_run_on_cpu, uses_fsdp
 from .recipe import Recipe
 
@@ -164,7 +163,10 @@ class FinetuneTrainer(Trainer):
         args = kwargs["args"]
         if uses_fsdp() and args.device.type == "cpu":
             let_fsdp_run_on_cpu(args.mixed_precision)
+        use_cache = kwargs["model"].config.use_cache
         super().__init__(data_collator=collate, train_dataset=[*train, NOTHING], **kwargs)
+        # Trainer turns it off, and so would the config that is saved; every pass here says it by itself.
+        kwargs["model"].config.use_cache = use_cache
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BatchesOfOneLength:
         lengths = [len(example.input_ids) for example in self.train_dataset][:-1]  # type: ignore[union-attr]
@@ -226,20 +228,14 @@ class FinetuneTrainer(Trainer):
             shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
-            save(partial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self.save_beside(partial)
-            self.check_saved(partial)
-            if self.args.should_save:
-                publish(partial, target)
-        except Exception as error:
-            if (reason := failed_write(error)) is None:
-                raise
-            raise TrainingStoppedError(
-                f"{target} could not be written ({reason}); the last good checkpoint is {self.last_checkpoint()}: "
-                "make room, and go on with --resume"
-            ) from error
+            with failed_writes_reported(target, Path(self.recipe.output_dir)):
+                save(partial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self.save_beside(partial)
+                self.check_saved(partial)
+                if self.args.should_save:
+                    publish(partial, target)
         finally:
             if self.args.should_save:
                 shutil.rmtree(aside, ignore_errors=True)

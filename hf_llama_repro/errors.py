@@ -32,10 +32,19 @@ def failed_write(error: BaseException) -> str | None:
 
     if isinstance(error, InputError):
         return None
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return "no space left on the disk"
-    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch does not say why
-        return "no space left on the disk, or a limit on the size of files"
+    if is_full_disk(error):
+        # torch does not say why.
+        return "no space left on the disk" + (", or a limit on the size of files" if _is_torchs(error) else "")
     # tokenizers raises a bare Exception with Rust's text.
     known = isinstance(error, OSError | SafetensorError) or "(os error" in str(error)
     return str(error) if known else None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether writing failed for want of room, by whichever library."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return full or "No space left" in str(error) or _is_torchs(error)
+
+
+def _is_torchs(error: BaseException) -> bool:
+    return "inline_container" in str(error) or "PytorchStreamWriter" in str(error)

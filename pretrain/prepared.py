@@ -20,7 +20,7 @@ from hf_llama_repro.errors import InputError
 
 from .recipe import Recipe, Source
 from .sources import documents, fingerprint, is_held_out
-from .tokenizer import FOLDER, load_processor
+from .tokenizer import load_processor, tokenizer_sha256
 
 SETS = ("train", "held_out")
 SETTINGS = "settings.json"
@@ -62,14 +62,21 @@ class Prepared:
 
     train: dict[str, Tokens]
     held_out: dict[str, Tokens]
+    sha256: dict[str, str | None]
+    """Of each source's training documents as tokens, and of the tokenizer."""
     lines: list[str]
     """For people: what each source holds."""
 
-    def sizes(self) -> dict[str, list[int]]:
-        """By which a continuation tells whether it has the data that the run began with: documents, tokens, bytes."""
-        return {
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """Return what a resumed run compares with that of its start.
+
+        data: documents, tokens and bytes of each source; sha256: of its tokens and of the tokenizer, None where they
+        were prepared without.
+        """
+        sizes = {
             name: [len(tokens), len(tokens.ids), int(tokens.num_bytes.sum())] for name, tokens in self.train.items()
         }
+        return {"data": sizes, "sha256": self.sha256}
 
 
 def _mapped(path: Path, dtype: str) -> np.ndarray:
@@ -82,7 +89,7 @@ def prepare(recipe: Recipe) -> list[str]:
     Raises `InputError` for a source that cannot be read or holds nothing to train on.
     """
     processor = load_processor(recipe)
-    tokenizer = sha256((recipe.data_path / FOLDER / "tokenizer.model").read_bytes()).hexdigest()
+    tokenizer = tokenizer_sha256(recipe)
     lines = []
     for source in recipe.sources:
         what = {"tokenizer": tokenizer, "held_out": recipe.held_out, "files": fingerprint(source), **_spec(source)}
@@ -91,18 +98,22 @@ def prepare(recipe: Recipe) -> list[str]:
         if found.get("made_of") != what:
             lines.append(f"prepare     {source.name}: {'its files or settings changed' if found else 'not there yet'}")
             _write(folder, source, recipe, processor, what)
+        elif not what["files"]:
+            lines.append(f"prepare     {source.name}: as it was; whether the dataset has changed is not checked")
     return lines
 
 
 def open_prepared(recipe: Recipe) -> Prepared:
     """What `prepare` wrote. Raises `InputError` where no document is as long as the context, or none is held out."""
     train, held_out, lines, longest = {}, {}, [], 0
+    checksums: dict[str, str | None] = {"the tokenizer": tokenizer_sha256(recipe)}
     for source in recipe.sources:
         folder = recipe.data_path / source.name
         settings = _settings(folder)
         train[source.name] = tokens = Tokens.open(folder, "train", settings["dtype"])
         kept = held_out[source.name] = Tokens.open(folder, "held_out", settings["dtype"])
         longest = max(longest, settings["longest"])
+        checksums[source.name] = settings.get("sha256")
         epochs = source.share * recipe.num_steps * recipe.batch_tokens / len(tokens.ids)
         lines.append(
             f"source      {source.name}: {len(tokens):,} documents, {int(tokens.num_bytes.sum()):,} bytes, "
@@ -116,7 +127,7 @@ def open_prepared(recipe: Recipe) -> Prepared:
             f"context_length={recipe.context_length} is longer than any document: the longest has {longest} tokens; "
             "choose a shorter context, or longer documents"
         )
-    return Prepared(train, held_out, lines)
+    return Prepared(train, held_out, checksums, lines)
 
 
 def token_count(recipe: Recipe, source: Source) -> int:
@@ -161,7 +172,7 @@ def _write(folder: Path, source: Source, recipe: Recipe, processor: SentencePiec
     if not sets["train"].end:
         shutil.rmtree(partial)
         raise InputError(f"source {source.name} is empty: it holds no text to train on; remove it from the mixture")
-    content = {"made_of": what, "dtype": dtype, **counts}
+    content = {"made_of": what, "dtype": dtype, "sha256": sets["train"].sha256.hexdigest(), **counts}
     (partial / SETTINGS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     rename(partial, folder)
@@ -182,11 +193,15 @@ class _SetWriter:
 
     def __init__(self, folder: Path, name: str, dtype: str):
         self.dtype, self.end = dtype, 0
+        self.sha256 = sha256()
+        """Of the number of tokens and the tokens of every document."""
         self._files = {kind: (folder / f"{name}.{kind}").open("wb") for kind in ("ids", "ends", "num_bytes")}
 
     def add(self, ids: list[int], num_bytes: int) -> None:
         self.end += len(ids)
-        self._files["ids"].write(np.array(ids, self.dtype).tobytes())
+        tokens = np.array(ids, self.dtype).tobytes()
+        self.sha256.update(len(ids).to_bytes(8, "little") + tokens)
+        self._files["ids"].write(tokens)
         self._files["ends"].write(np.array([self.end], np.int64).tobytes())
         self._files["num_bytes"].write(np.array([num_bytes], np.int64).tobytes())
 

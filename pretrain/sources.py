@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import logging
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,14 @@ def files(source: Source) -> list[Path]:
 
 
 def fingerprint(source: Source) -> list[list[Any]]:
-    """What tells whether a source's files are those that were prepared: names, sizes and times."""
-    if source.format == "dataset" or source.format.startswith("python_"):
-        return []
-    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files(source)]
+    """What tells whether a source's files are those that were prepared: names, sizes and times.
+
+    Empty where nothing tells it: of a dataset that `datasets` finds by its name.
+    """
+    if source.format.startswith("python_"):
+        return [[platform.python_version()]]
+    found = files(source) if source.format != "dataset" else sorted(Path(source.files[0]).rglob("*"))
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in found if path.is_file()]
 
 
 def is_held_out(text: str, share: float) -> bool:

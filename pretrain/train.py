@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llama_repro import recipe_file
+from hf_llama_repro.checkpoints import failed_writes_reported
 from hf_llama_repro.command import Parser, add_version, run
 from hf_llama_repro.errors import InputError
 from hf_llama_repro.local_path import refuse_hub_name
@@ -73,9 +74,10 @@ def pretrain(recipe: Recipe, *, resume: bool = False, stop_after: str = "") -> P
         flush=True,
     )
     if checkpoint is not None:
-        training.resume(checkpoint)
+        training.resume(checkpoint, say)
     begin, target = time.perf_counter(), Path(recipe.output_dir) / "model"
-    with training.sums_in_order():
+    output_dir = target.parent
+    with training.sums_in_order(), failed_writes_reported(output_dir, output_dir, only_full_disk=True):
         _train_with_bar(training)
         say(f"trained     {time.perf_counter() - begin:.0f} s")
         training.save_model(target)
@@ -92,7 +94,8 @@ def _prepared(recipe: Recipe, accelerator: Any, say: Say) -> "Prepared":
     if accelerator.is_main_process:
         begin = time.perf_counter()
         say(f"tokenizer   {prepare_tokenizer(recipe)}", flush=True)
-        say(*prepare(recipe), sep="\n", end="\n" if recipe.sources else "")
+        lines = prepare(recipe)
+        say(*lines, sep="\n", end="\n" if lines else "")
         say(f"data        {recipe.data_path}, {time.perf_counter() - begin:.0f} s")
     accelerator.wait_for_everyone()
     prepared = open_prepared(recipe)

@@ -17,8 +17,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from hf_llama_repro import LlamaReproForCausalLM
-from hf_llama_repro.checkpoints import checkpoints, keep_newest, publish, step_of
-from hf_llama_repro.errors import InputError, TrainingStoppedError, failed_write
+from hf_llama_repro.checkpoints import checkpoints, failed_writes_reported, keep_newest, publish, step_of
+from hf_llama_repro.errors import InputError, TrainingStoppedError
 from hf_llama_repro.metrics import add_metrics, begin_metrics
 from hf_llama_repro.versions import checkpoint_activations
 
@@ -27,7 +27,7 @@ from .mixture import Mixture
 from .plan import flops_per_token, learning_rate_at, model_config, peak_flops
 from .prepared import Prepared
 from .recipe import Recipe
-from .tokenizer import load_processor
+from .tokenizer import load_processor, save_tokenizer
 
 METRICS = "metrics.jsonl"
 STATE = "run.json"
@@ -88,7 +88,7 @@ class Run:
         self.config = model_config(recipe, len(load_processor(recipe)))
         self.mixture = Mixture(recipe, prepared.train)
         self.held_out = prepared.held_out
-        self.data = prepared.sizes()
+        self.data = prepared.identity()
         self.step = 0
         torch.manual_seed(recipe.seed)
         model = LlamaReproForCausalLM(self.config)
@@ -248,28 +248,29 @@ class Run:
             partial.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         try:
-            self.accelerator.save_state(str(partial))
-            self.accelerator.wait_for_everyone()
-            if is_main:
-                content = {"step": self.step, "data": self.data, "mixture": self.mixture.state_dict()}
-                (partial / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-                publish(partial, target)
-                keep_newest(self.output_dir, self.recipe.save_total_limit)
-        except Exception as error:
-            if (reason := failed_write(error)) is None:
-                raise
-            raise TrainingStoppedError(
-                f"{target} could not be written ({reason}); make room, and go on with --resume"
-            ) from error
+            with failed_writes_reported(target, self.output_dir):
+                self.accelerator.save_state(str(partial))
+                self.accelerator.wait_for_everyone()
+                if is_main:
+                    content = {"step": self.step, **self.data, "mixture": self.mixture.state_dict()}
+                    (partial / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                    publish(partial, target)
+                    keep_newest(self.output_dir, self.recipe.save_total_limit)
         finally:
             if is_main:
                 shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Path, say: Callable[..., None] = lambda *_: None) -> None:
         """Goes back to where the checkpoint was saved. Raises `InputError` where the data is not what it was."""
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        if differing := [name for name, sizes in self.data.items() if state["data"].get(name) != sizes]:
+        before, now = state.get("sha256", {}), self.data["sha256"]
+        unknown = [name for name, sha256 in now.items() if sha256 is None or before.get(name) is None]
+        if unknown:
+            say(f"note        {checkpoint} has no checksums of {', '.join(unknown)}: only sizes are compared")
+        differing = [name for name, sizes in self.data["data"].items() if state["data"].get(name) != sizes]
+        differing += [name for name in now if name not in (*unknown, *differing) and now[name] != before[name]]
+        if differing:
             raise InputError(
                 f"{checkpoint} was trained on other data: documents, tokens or bytes of {', '.join(differing)} differ; "
                 "bring the files back, or begin anew in another output_dir"
@@ -284,10 +285,13 @@ class Run:
         if self.accelerator.is_main_process:
             partial = self.output_dir / ".partial-model"
             shutil.rmtree(partial, ignore_errors=True)
-            self.accelerator.unwrap_model(self.model).save_pretrained(partial, state_dict=state)
-            for path in (self.recipe.data_path / "tokenizer").iterdir():
-                shutil.copyfile(path, partial / path.name)
-            publish(partial, target)
+            try:
+                with failed_writes_reported(target, self.output_dir):
+                    self.accelerator.unwrap_model(self.model).save_pretrained(partial, state_dict=state)
+                    save_tokenizer(self.recipe, partial)
+                    publish(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
 

@@ -153,9 +153,7 @@ def test_a_conversation_is_cut_at_its_end_and_ends_in_an_answer(either: Any, nam
 
 def test_a_record_that_the_template_cannot_express_is_named(either: Any) -> None:
     of = Record("data.json:7", (Turn("a", "", "b"),), "Be kind.")
-    with pytest.raises(
-        InputError, match=r"^data\.json:7: .*system prompt; choose another template, or mend the record"
-    ):
+    with pytest.raises(InputError, match=r"^data\.json:7: .*system prompt; choose another template, or fix the record"):
         encoder_for(either, "alpaca").encode_all([of], max_length=99, truncation="input")
 
 
@@ -164,7 +162,9 @@ def test_with_the_prompt_in_the_loss_a_cut_record_is_kept(either: Any) -> None:
     whole = encoder.encode(of)
     example, cuts = cut(encoder, of, 60, "response", train_on_prompt=True)
     assert example.labels == example.input_ids == whole.input_ids[:60]
-    assert cuts == Cuts(records=1, tokens=len(whole.input_ids) - 60, eos=1)
+    assert cuts == Cuts(
+        records=1, tokens=len(whole.input_ids) - 60, eos=1, prompts=[f"data.json:1, {len(encoder.prompt(of))} tokens"]
+    )
 
 
 # Whatever the texts and the limit are
