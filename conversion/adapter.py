@@ -207,7 +207,7 @@ def extended(adapter: Adapter, base: Source) -> Source:
         further = adapter.tensors[held.get(name) or held[OUTPUT]]
         shape = (rows, *tensors[name].shape[1:])
         tensors[name] = StoredTensor(shape, tensors[name].dtype, partial(_continued, tensors[name], further))
-    note = f"vocabulary of {rows} tokens: the base has {before}, the rows of the others are the adapter's"
+    note = adapter_folder.extension_note(rows, before)
     return dataclasses.replace(base, config=config, tensors=tensors, notes=(*base.notes, note))
 
 

@@ -88,6 +88,7 @@ def merge(
         opened = open_adapter(adapter)
         base = base or find_base(opened)
         source = extended(opened, _open_base(base, force=force))
+        _check_token_ids(opened, source, base)
         fitted = fit(opened, source)
         if fitted.changes_nothing and not force:
             raise CheckpointError(
@@ -119,6 +120,34 @@ def merge(
             card = model_card(conversion, made, model_type, [*result.checks, *filter(None, [result.warning])])
             (folder / "README.md").write_text(card, encoding="utf-8")
     return result
+
+
+def _check_token_ids(adapter: "Adapter", source: "Source", base: Path) -> None:
+    """Raises `CheckpointError` where the adapter says that it was trained with other token ids than the base has."""
+    from tempfile import TemporaryDirectory
+
+    from transformers import AutoTokenizer
+
+    from hf_llama_repro.token_ids import choose_tokenizer, read_token_ids
+
+    from .tokenizer import convert_tokenizer
+
+    if source.tokenizer is None or read_token_ids(adapter.folder) is None:
+        return
+    with TemporaryDirectory() as scratch:
+        folder = base
+        if not (base / "tokenizer.json").is_file():
+            folder = Path(scratch)
+            context = source.config.max_position_embeddings
+            convert_tokenizer(source.tokenizer, folder, vocab_size=source.config.vocab_size, context_length=context)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    choose_tokenizer(
+        adapter.folder,
+        base,
+        tokenizer,
+        load=AutoTokenizer.from_pretrained,
+        rows=lambda: source.config.vocab_size,
+    )
 
 
 def _open_base(base: Path, *, force: bool) -> "Source":

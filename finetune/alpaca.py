@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import InputError
 from hf_llama_repro.run_folder import RECIPE_FILE, open_run
+from hf_llama_repro.token_ids import check_token_ids, save_token_ids
 
 from .quiet import quiet
 from .recipe import Recipe, add_recipe_flags, load_recipe, overrides
@@ -116,6 +117,8 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
     checkpoint = open_run(
         recipe, load=load_recipe, free_fields=FREE_FIELDS, resume=resume, say=say, is_main=state.is_main_process
     )
+    if checkpoint is not None:
+        check_token_ids(checkpoint, data.encoder.tokenizer, Path(recipe.base_model))
     state.wait_for_everyone()
     _check_shared(recipe)
     compute = choose_compute(recipe, state.device)
@@ -184,6 +187,7 @@ def _trainer(recipe: Recipe, data: Data, model: Any, state: Any, compute: Any, *
     def save_beside(folder: Path) -> None:
         data.encoder.tokenizer.save_pretrained(folder)
         save_template(data.template, folder)
+        save_token_ids(data.encoder.tokenizer, folder)
 
     def check_saved(folder: Path) -> None:
         if recipe.method != "lora":

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,12 @@ def read_torch_adapter(folder: Path) -> AdapterFolder[Any]:
     return opened
 
 
+def rows_of(adapter: Path) -> int:
+    """Rows of the embedding and output matrices that an adapter holds; 0 where it holds neither."""
+    opened = read_torch_adapter(adapter)
+    return stored_rows(opened.path, {name: tuple(tensor.shape) for name, tensor in opened.tensors.items()}) or 0
+
+
 def check_finite(path: Path, name: str, tensor: Any) -> None:
     if bad := int((~tensor.isfinite()).sum()):
         raise CheckpointError(f"{path}: {name} holds {bad} NaN or infinite values: train it again, with a lower rate")
@@ -198,18 +205,26 @@ def holds_same(theirs: Any, ours: Any) -> bool:
     return torch.equal(theirs.to(ours.dtype), ours) or torch.equal(ours.to(theirs.dtype), theirs)
 
 
-def attach(base: Any, adapter: Path) -> Any:
+def to_stderr(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr, flush=True)
+
+
+def attach(base: Any, adapter: Path, *, tell: Callable[[str], None] = to_stderr) -> Any:
     """The base with a trained adapter. Raises `CheckpointError` for one that was made for another base.
 
-    A base with a smaller vocabulary gets the further rows that the adapter holds.
+    A base with a smaller vocabulary gets the further rows that the adapter holds. `tell` takes what was decided.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTuner
 
     opened = read_torch_adapter(adapter)
+    for note in opened.notes:
+        tell(note)
     try:
         config = _peft_config(opened)
         common = extend(base, opened)
+        if common < base.config.vocab_size:
+            tell(extension_note(base.config.vocab_size, common))
         matrices = {EMBEDDING: base.get_input_embeddings().weight, OUTPUT: base.get_output_embeddings().weight}
         model = get_peft_model(base, config)
         expected = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -289,6 +304,10 @@ def _check_copy(opened: AdapterFolder[Any], name: str, weight: Any, common: int)
             f"its {name} of shape {list(copy.shape)} is not the base's of {list(weight.shape)}, "
             "and modules_to_save does not name it",
         )
+
+
+def extension_note(rows: int, before: int) -> str:
+    return f"vocabulary of {rows} tokens: the base has {before}, the rows of the others are the adapter's"
 
 
 def check_extension(folder: Path, names: Iterable[str], rows: int, before: int, *, is_tied: bool) -> None:
