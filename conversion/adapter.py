@@ -40,7 +40,14 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 _PLAIN = WITHOUT_EFFECT | {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "qalora_group_size"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
-    *("trainable_token_indices", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"),
+    *(
+        "trainable_token_indices",
+        "ensure_weight_tying",
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "inference_mode",
+    ),
 }
 _MATRIX = re.compile(r"base_model\.model\.(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<letter>[AB])(\.weight)?")
 _TOKENS = re.compile(r"base_model\.model\.(?P<module>.*)\.token_adapter\.trainable_tokens_delta")
@@ -99,7 +106,7 @@ class Adapter:
         """PEFT's own configuration of it."""
         from peft import LoraConfig
 
-        known = {field.name for field in dataclasses.fields(LoraConfig)}
+        known = {field.name for field in dataclasses.fields(LoraConfig)} - WITHOUT_EFFECT
         given = {name: value for name, value in self.fields.items() if name in known and value is not None}
         # The matrices are loaded: how they began does not matter, and some beginnings want data.
         return LoraConfig(**{**given, "task_type": None, "init_lora_weights": True, "inference_mode": True})
@@ -303,8 +310,8 @@ def _another_base(adapter: Adapter, reason: str) -> CheckpointError:
 def _check_names(adapter: Adapter, base: Source, asked: _Asked) -> None:
     """Raises `CheckpointError` where the adapter's tensors are not those that PEFT wants for the base."""
     found = adapter.tensors.keys()
-    tied_rows = f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta"
-    copies = {name for name in found if copy_of(name) or (name == tied_rows and base.config.tie_word_embeddings)}
+    is_tied = base.config.tie_word_embeddings
+    copies = {name for name in found if copy_of(name) or adapter_folder.repeated(name, is_tied) in found}
     missing, unknown = sorted(asked.shapes.keys() - found), sorted(found - asked.shapes.keys() - copies)
     if missing or unknown:
         parts = [
@@ -325,7 +332,7 @@ def _check_copy(adapter: Adapter, name: str, base: Source) -> None:
     """PEFT saves embedding and output matrix beside what is trained on them: they must be those of the base."""
     found, module = adapter.tensors[name], copy_of(name)
     if module is None:
-        stored = adapter.tensors[name.replace("lm_head", "model.embed_tokens")]
+        stored = adapter.tensors[str(adapter_folder.repeated(name, is_tied=True))]
     else:
         stored = base.tensors.get(f"{module}.weight", base.tensors[EMBEDDING])
     if found.shape != stored.shape:

@@ -19,7 +19,7 @@ EMBEDDING, OUTPUT = "model.embed_tokens", "lm_head"
 # How it begins is judged by init_lora_weights; the configurations of single beginnings add nothing to that.
 WITHOUT_EFFECT = frozenset(
     {
-        *("merge_weights", "ensure_weight_tying", "runtime_config", "megatron_core", "peft_version", "velora_config"),
+        *("merge_weights", "runtime_config", "megatron_core", "peft_version"),
         *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),
     }
 )
@@ -141,6 +141,12 @@ def copy_of(name: str) -> str | None:
     return match["module"] if match else None
 
 
+def repeated(name: str, is_tied: bool) -> str | None:
+    """The tensor of the embedding that PEFT writes again for the output matrix, where the two are tied."""
+    rows = f"{PREFIX}{{}}.token_adapter.trainable_tokens_delta"
+    return rows.format(EMBEDDING) if is_tied and name == rows.format(OUTPUT) else None
+
+
 def stored_rows(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Rows of the embedding and output matrices that the adapter holds; None where it holds neither.
 
@@ -228,13 +234,17 @@ def attach(base: Any, adapter: Path, *, tell: Callable[[str], None] = to_stderr)
         matrices = {EMBEDDING: base.get_input_embeddings().weight, OUTPUT: base.get_output_embeddings().weight}
         model = get_peft_model(base, config)
         expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-        trained = {name: tensor for name, tensor in opened.tensors.items() if name in expected or not copy_of(name)}
+        is_tied = base.config.tie_word_embeddings
+        beside = {name for name in opened.tensors.keys() - expected.keys() if copy_of(name) or repeated(name, is_tied)}
+        trained = {name: tensor for name, tensor in opened.tensors.items() if name not in beside}
         if different := sorted(trained.keys() ^ expected.keys()):
             what = "has" if different[0] in trained else "lacks"
             others = f" and {len(different) - 1} others" if len(different) > 1 else ""
             raise _another_base(adapter, f"{opened.path} {what} {different[0]}{others}")
-        for name in opened.tensors.keys() - trained.keys():
-            _check_copy(opened, name, matrices[str(copy_of(name))], common)
+        for name in beside:
+            module = copy_of(name)
+            same = matrices[module] if module else opened.tensors[str(repeated(name, is_tied))]
+            _check_copy(opened, name, same, common)
         set_peft_model_state_dict(model, trained)
     except CheckpointError:
         raise
