@@ -430,7 +430,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Merge a LoRA adapter into its base: a folder that from_pretrained and pipeline open.",
         epilog="The target appears under its name only when it is whole. Exit code 2: the message says what to mend.",
     )
-    parser.add_argument("adapter", type=Path, help="folder with adapter_config.json and adapter_model.safetensors or .bin")
+    parser.add_argument("adapter", type=Path, help="folder with adapter_config.json and the weights beside it")
     parser.add_argument("target", type=Path, help="folder to make")
     parser.add_argument(
         "--base", type=Path, metavar="FOLDER", help="16- or 32-bit base; default: as the adapter names it"
