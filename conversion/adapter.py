@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_llama_repro import adapter_folder
-from hf_llama_repro.adapter_folder import CONFIG_FILE, PREFIX, WITHOUT_EFFECT, check_finite, copy_of, holds_same
+from hf_llama_repro.adapter_folder import CONFIG_FILE, PREFIX, WITHOUT_EFFECT, check_finite, copy_of
 from hf_llama_repro.errors import CheckpointError
 
 from .hugging_face import read_pytorch, read_safetensors
@@ -168,8 +168,10 @@ class Fit:
     """Name of the base's tensor -> what stands in its place (modules_to_save)."""
     rows: dict[str, Rows]
     """Name of the base's tensor -> rows of it that others stand in place of (trainable_token_indices)."""
-    asked: frozenset[str]
-    """Names of the adapter's tensors that PEFT loads; it may hold copies of the base's beside them."""
+    asked: dict[str, StoredTensor]
+    """The tensors that PEFT loads; the adapter may hold copies of the base's beside them."""
+    notes: tuple[str, ...]
+    """For people: what was decided."""
     keeps_ends_tied: bool
     """Whether embedding and output matrix of a tied base are changed alike; only the embedding is listed then."""
 
@@ -219,7 +221,8 @@ def extended(adapter: Adapter, base: Source) -> Source:
 
 
 def _continued(stored: StoredTensor, longer: StoredTensor) -> torch.Tensor:
-    return torch.cat([stored.read(), longer.read()[stored.shape[0] :].to(stored.dtype)])
+    wide = torch.promote_types(stored.dtype, longer.dtype)
+    return torch.cat([stored.read().to(wide), longer.read()[stored.shape[0] :].to(wide)])
 
 
 def fit(adapter: Adapter, base: Source) -> Fit:
@@ -229,20 +232,21 @@ def fit(adapter: Adapter, base: Source) -> Fit:
     for name in adapter.tensors.keys() - asked.shapes.keys():
         _check_copy(adapter, name, base)
 
+    tensors, notes = _completed(adapter, base, asked)
     pairs: dict[str, Pair] = {}
     replaced: dict[str, StoredTensor] = {}
     for name in asked.shapes:
         match = _MATRIX.fullmatch(name)
         if match is None and not _TOKENS.fullmatch(name):
-            replaced[name.removeprefix(PREFIX)] = adapter.tensors[name]
+            replaced[name.removeprefix(PREFIX)] = tensors[name]
         elif match and match["letter"] == "A":
             module = match["module"]
-            a, b = (adapter.tensors[name[: match.start("letter")] + letter + (match[4] or "")] for letter in "AB")
+            a, b = (tensors[name[: match.start("letter")] + letter + (match[4] or "")] for letter in "AB")
             # PEFT adds the transpose of B A to an embedding (vocab, hidden).
             a, b = (_transposed(b), _transposed(a)) if match["embedding"] else (a, b)
             pairs[f"{module}.weight"] = Pair(a, b, adapter.scaling(module), asked.scaling[module])
     rows = {f"{module}.weight": _rows(adapter, module, indices) for module, indices in asked.tokens.items()}
-    fitted = Fit(pairs, replaced, rows, frozenset(asked.shapes), keeps_ends_tied=False)
+    fitted = Fit(pairs, replaced, rows, tensors, notes, keeps_ends_tied=False)
     if odd := sorted(fitted.changed - base.tensors.keys() - {OUTPUT}):
         raise CheckpointError(f"{adapter.folder} is trained on {odd[0]}, which cannot be merged here: {_REMEDY}")
     if base.config.tie_word_embeddings and _changes_ends_alike(fitted):
@@ -250,6 +254,18 @@ def fit(adapter: Adapter, base: Source) -> Fit:
             changes.pop(OUTPUT, None)
         return dataclasses.replace(fitted, keeps_ends_tied=True)
     return fitted
+
+
+def _completed(adapter: Adapter, base: Source, asked: _Asked) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """The tensors that PEFT loads; a saved embedding or output matrix has the rows that the base has besides."""
+    tensors, notes = {name: adapter.tensors[name] for name in asked.shapes}, []
+    for name, shape in asked.shapes.items():
+        module, found = copy_of(name), tensors[name]
+        if module and found.shape != shape:
+            stored = base.tensors.get(f"{module}.weight", base.tensors[EMBEDDING])
+            tensors[name] = StoredTensor(shape, found.dtype, partial(_continued, found, stored))
+            notes.append(adapter_folder.completion_note(module, found.shape[0], shape[0]))
+    return tensors, tuple(notes)
 
 
 def _rows(adapter: Adapter, module: str, indices: tuple[int, ...]) -> Rows:
@@ -321,7 +337,9 @@ def _check_names(adapter: Adapter, base: Source, asked: _Asked) -> None:
         ]
         raise _another_base(adapter, "; ".join(parts))
     for name, shape in asked.shapes.items():
-        if (has := adapter.tensors[name].shape) != shape:
+        has = adapter.tensors[name].shape
+        is_part = copy_of(name) and len(has) == 2 and has[1:] == shape[1:] and 0 < has[0] < shape[0]
+        if has != shape and not is_part:
             raise _another_base(adapter, f"{name} has shape {list(has)}, not {list(shape)}")
     for module, indices in asked.tokens.items():
         if odd := [index for index in indices if not 0 <= index < base.config.vocab_size]:
@@ -338,7 +356,9 @@ def _check_copy(adapter: Adapter, name: str, base: Source) -> None:
     if found.shape != stored.shape:
         reason = f"{name} has shape {list(found.shape)}, the base's {list(stored.shape)}: another vocabulary"
         raise _another_base(adapter, reason)
-    if not holds_same(found.read(), stored.read()):
+    theirs, ours = found.read(), stored.read()
+    # The base may have been loaded in another dtype for the training.
+    if not (torch.equal(theirs.to(ours.dtype), ours) or torch.equal(ours.to(theirs.dtype), theirs)):
         raise _another_base(adapter, f"its {name} differs from the base's, and modules_to_save does not name it")
 
 

@@ -196,7 +196,7 @@ def merged_source(base: "Source", adapter: "Adapter", fitted: "Fit") -> "Source"
         stored = tensors[name]
         tensors[name] = StoredTensor(stored.shape, stored.dtype, partial(_with_rows, stored, rows))
     tokenizer, note = _tokenizer(adapter, base)
-    notes = (*notes, *adapter.notes)
+    notes = (*notes, *adapter.notes, *fitted.notes)
     return replace(
         base,
         tensors={name: tensors[name] for name in our_shapes(config)},
@@ -379,7 +379,7 @@ def _reference_logits(
     extend(model, AdapterFolder(adapter.folder, adapter.fields, copies, adapter.files[1], ()))
     peft_model = get_peft_model(model, adapter.peft_config())
     # Not the copies of the base's matrices, which may have been rounded.
-    set_peft_model_state_dict(peft_model, {name: adapter.tensors[name].read() for name in fitted.asked})
+    set_peft_model_state_dict(peft_model, {name: tensor.read() for name, tensor in fitted.asked.items()})
     peft_model.eval()
     with_adapter = peft_model(ids).logits
     with peft_model.disable_adapter():

@@ -119,12 +119,13 @@ def _as_peft_names(
 def _without_wrappers(name: str) -> str:
     """The name from the root of a causal language model on, under PEFT's prefix; other names as they are."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    root = next((index for index, part in enumerate(parts) if part not in _WRAPPED), 0)
-    if parts[root] == OUTPUT:
-        return PREFIX + ".".join(parts[root:])
-    if parts[root] in ("layers", "embed_tokens", "norm"):
-        return f"{PREFIX}model." + ".".join(parts[root:])
-    return name
+    while parts and parts[0] in _WRAPPED:
+        parts.pop(0)
+    if parts and parts[0] in ("layers", "embed_tokens", "norm"):
+        parts.insert(0, "model")
+    elif not parts or parts[0] != OUTPUT:
+        return name
+    return PREFIX + ".".join(parts)
 
 
 def _without_adapter(name: str, adapters: Iterable[str]) -> str:
@@ -166,7 +167,10 @@ def read_torch_adapter(folder: Path) -> AdapterFolder[Any]:
 
     def load_bin(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        if not isinstance(content, dict) or not all(
+            isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
+            for value in content.values()
+        ):
             raise CheckpointError(f"{path} holds no dictionary of tensors: it is no adapter that PEFT saved")
         return content
 
@@ -203,14 +207,6 @@ def check_finite(path: Path, name: str, tensor: Any) -> None:
         raise CheckpointError(f"{path}: {name} holds {bad} NaN or infinite values: train it again, with a lower rate")
 
 
-def holds_same(theirs: Any, ours: Any) -> bool:
-    """Whether two matrices are equal, up to the rounding of one to the dtype of the other."""
-    import torch
-
-    # The base may have been loaded in another dtype for the training.
-    return torch.equal(theirs.to(ours.dtype), ours) or torch.equal(ours.to(theirs.dtype), theirs)
-
-
 def to_stderr(line: str) -> None:
     print(f"note: {line}", file=sys.stderr, flush=True)
 
@@ -245,6 +241,7 @@ def attach(base: Any, adapter: Path, *, tell: Callable[[str], None] = to_stderr)
             module = copy_of(name)
             same = matrices[module] if module else opened.tensors[str(repeated(name, is_tied))]
             _check_copy(opened, name, same, common)
+        _complete(trained, matrices, tell)
         set_peft_model_state_dict(model, trained)
     except CheckpointError:
         raise
@@ -253,6 +250,22 @@ def attach(base: Any, adapter: Path, *, tell: Callable[[str], None] = to_stderr)
     if not isinstance(model.base_model, BaseTuner):
         raise _not_layers(adapter, config)
     return model.eval()
+
+
+def _complete(trained: dict[str, Any], matrices: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Gives a saved embedding or output matrix the rows that the base has besides."""
+    import torch
+
+    for name, tensor in trained.items():
+        module = copy_of(name)
+        if module and tensor.ndim == 2 and 0 < len(tensor) < len(matrices[module]):
+            further = matrices[module][len(tensor) :].detach().to(tensor)
+            trained[name] = torch.cat([tensor, further])
+            tell(completion_note(module, len(tensor), len(matrices[module])))
+
+
+def completion_note(module: str, rows: int, of_base: int) -> str:
+    return f"{module} of the adapter has {rows} rows, the base {of_base}: the others are the base's"
 
 
 def _another_base(adapter: Path, reason: str) -> CheckpointError:
@@ -307,8 +320,14 @@ def extend(base: Any, opened: AdapterFolder[Any]) -> int:
 
 def _check_copy(opened: AdapterFolder[Any], name: str, weight: Any, common: int) -> None:
     """PEFT would load the copy into the base, whatever it holds."""
+    import torch
+
     copy = opened.tensors[name]
-    if copy.shape != weight.shape or not holds_same(copy[:common], weight[:common].detach().cpu()):
+    # The base may be loaded in a third dtype, beside that of its file and that of the training.
+    formats = [torch.finfo(tensor.dtype) for tensor in (copy, weight)]
+    rtol, atol = 2 * max(one.eps for one in formats), max(one.tiny * one.eps for one in formats)
+    rows, same = copy[:common].float(), weight[:common].detach().cpu().float()
+    if copy.shape != weight.shape or not torch.allclose(rows, same, rtol=rtol, atol=atol):
         raise _another_base(
             opened.folder,
             f"its {name} of shape {list(copy.shape)} is not the base's of {list(weight.shape)}, "

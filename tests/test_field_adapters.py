@@ -190,6 +190,24 @@ def test_trained_rows_stand_in_place_of_the_bases(any_base, tmp_path, fields, dt
     assert relative_difference(logits(tmp_path / "merged"), logits(unmerged(any_base, adapter))) < TOLERANCE
 
 
+def test_saved_matrices_with_fewer_rows_than_the_base_take_their_place(any_base, tmp_path, capsys):
+    """As beside a base that was padded after the training."""
+    ends = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    adapter = adapter_folder(tmp_path / "adapter", any_base, **PLAIN, **ends)
+    enlarged(tmp_path / "other", any_base, enlarged_base=tmp_path / "enlarged", **PLAIN)
+    note = f"lm_head of the adapter has {ROWS} rows, the base {MORE}: the others are the base's"
+    assert f"decided    {note}" in merge(adapter, tmp_path / "merged", base=tmp_path / "enlarged").lines()
+    capsys.readouterr()
+    attached = attach(loaded(tmp_path / "enlarged"), adapter)
+    assert note in capsys.readouterr().err
+    expected = logits(unmerged(any_base, adapter))
+    for model in (attached, loaded(tmp_path / "merged")):
+        assert relative_difference(logits(model)[..., :ROWS], expected) < TOLERANCE
+    # The further rows are the padded base's.
+    before, after = (weights(tmp_path / name)["model.embed_tokens.weight"] for name in ("enlarged", "merged"))
+    assert torch.equal(before[ROWS:], after[ROWS:])
+
+
 def test_matrix_that_the_base_lacks_and_the_adapter_does_not_hold_is_named(base, tmp_path):
     adapter, _ = enlarged(tmp_path / "adapter", base, target_modules=["q_proj", "embed_tokens"])
     said = f"was trained with {MORE} tokens, and the base has {ROWS}: it does not hold the further rows of lm_head"
