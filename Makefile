@@ -75,7 +75,7 @@ unit: $(INSTALLED)  ## pytest on two cores (PYTEST="-k parity" chooses, WORKERS=
 test-transformers: $(INSTALLED)  ## transformers' own model tests, ours beside stock Llama (TESTS=its tests folder)
 	$(BIN)/python -m tests.transformers_suite.run $(if $(TESTS),--tests "$(TESTS)")
 
-test-peers: $(INSTALLED)  ## PEFT's own tests of decoder models, ours beside stock Llama
+test-peers: $(INSTALLED)  ## PEFT's own tests of decoder models, ours beside stock Llama: 15 minutes
 	$(BIN)/python -m tests.peft_suite.run
 
 bench: $(INSTALLED)  ## our model beside transformers' Llama

@@ -6,6 +6,7 @@ Used by `run.py` only, in a process whose working folder is empty; SUITE_MODEL s
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_llama_repro import LlamaReproConfig, LlamaReproForCausalLM
 
 MODEL_ID = "trl-internal-testing/tiny-random-LlamaForCausalLM"
+# Tests that are not for one architecture name a single model, mostly this one: they hold for Llama as well.
+ANY_MODEL_ID = "peft-internal-testing/tiny-random-OPTForCausalLM"
 DATA_ID = "ybelkada/english_quotes_copy"
 CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "llama_repro": (LlamaReproConfig, LlamaReproForCausalLM)}
 SIZES = {  # those of the model on the Hub, but for its vocabulary
@@ -28,7 +31,8 @@ SIZES = {  # those of the model on the Hub, but for its vocabulary
 
 
 def pytest_configure():
-    write_model(Path(MODEL_ID))
+    for model_id in (MODEL_ID, ANY_MODEL_ID):
+        write_model(Path(model_id))
     Path(DATA_ID).mkdir(parents=True)
     lines = (
         json.dumps({"quote": f"Be yourself; everyone else is taken, all {number} of them."}) for number in range(99)
@@ -45,12 +49,15 @@ def write_model(folder: Path):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keeps the tests that are called with Llama's name, or that name it themselves."""
+    """Keeps the tests that are called with Llama's name, and those of any model."""
 
     def is_of_llama(item) -> bool:
-        if "model_id" in getattr(item, "callspec", item).__dict__.get("params", {}):
-            return item.callspec.params["model_id"] == MODEL_ID
-        return MODEL_ID in inspect.getsource(item.function)
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "model_id" in parameters:
+            return parameters["model_id"] == MODEL_ID
+        source = inspect.getsource(item.function)
+        named = set(re.findall(r'"([\w-]+-internal-testing/[\w.-]+)"', source))
+        return named <= {MODEL_ID, ANY_MODEL_ID} and "model.decoder" not in source  # a name of OPT's modules
 
     config.hook.pytest_deselected(items=[item for item in items if not is_of_llama(item)])
     items[:] = [item for item in items if is_of_llama(item)]
