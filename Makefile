@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile
 
-.PHONY: help install demo test test-clients test-scale test-long test-oldest test-newest test-wheel lint type unit test-transformers bench bench-finetune bench-conversion bench-inference bench-memory build clean
+.PHONY: help install demo test test-clients test-scale test-long test-oldest test-newest test-wheel lint type unit test-transformers test-peers bench bench-finetune bench-conversion bench-inference bench-memory build clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -74,6 +74,9 @@ unit: $(INSTALLED)  ## pytest on two cores (PYTEST="-k parity" chooses, WORKERS=
 
 test-transformers: $(INSTALLED)  ## transformers' own model tests, ours beside stock Llama (TESTS=its tests folder)
 	$(BIN)/python -m tests.transformers_suite.run $(if $(TESTS),--tests "$(TESTS)")
+
+test-peers: $(INSTALLED)  ## PEFT's own tests of decoder models, ours beside stock Llama: 15 minutes
+	$(BIN)/python -m tests.peft_suite.run
 
 bench: $(INSTALLED)  ## our model beside transformers' Llama
 	$(BIN)/python benchmarks/model.py

@@ -16,15 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_llama_repro import adapter_folder
+from hf_llama_repro.adapter_folder import CONFIG_FILE, PREFIX, WITHOUT_EFFECT, check_finite, copy_of
 from hf_llama_repro.errors import CheckpointError
 
-from .hugging_face import read_json, read_pytorch, read_safetensors
+from .hugging_face import read_pytorch, read_safetensors
 from .keys import DTYPES, EMBEDDING, OUTPUT
 from .source import Source, StoredTensor, is_file
 
-CONFIG_FILE = "adapter_config.json"
-_WEIGHTS = {"adapter_model.safetensors": read_safetensors, "adapter_model.bin": read_pytorch}
-_PREFIX = "base_model.model."
 _REMEDY = "merge it with PEFT's merge_and_unload, or train plain LoRA"
 
 # Fields that must have one of these values, where they are given.
@@ -37,14 +36,21 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
 }
 # Fields that say where the matrices are, how they are scaled, or how it was trained. Any other that is set stands for
-# more than B A on top of a matrix (DoRA, biases, trained tokens, repeated layers, what PEFT will still invent).
-_PLAIN = {
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "runtime_config"),
+# more than B A on top of a matrix (DoRA, biases, repeated layers, what PEFT will still invent).
+_PLAIN = WITHOUT_EFFECT | {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "qalora_group_size"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
-    *("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"),
-    *("eva_config", "megatron_core", "qalora_group_size"),
+    *(
+        "trainable_token_indices",
+        "ensure_weight_tying",
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "inference_mode",
+    ),
 }
 _MATRIX = re.compile(r"base_model\.model\.(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<letter>[AB])(\.weight)?")
+_TOKENS = re.compile(r"base_model\.model\.(?P<module>.*)\.token_adapter\.trainable_tokens_delta")
 
 
 class Pair(NamedTuple):
@@ -59,6 +65,14 @@ class Pair(NamedTuple):
     """The same as PEFT computes it."""
 
 
+class Rows(NamedTuple):
+    """Rows of a matrix that others stand in place of."""
+
+    indices: tuple[int, ...]
+    values: StoredTensor
+    """(len(indices), in)"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """A folder with adapter_config.json and its tensors, named as PEFT names them."""
@@ -67,6 +81,13 @@ class Adapter:
     fields: dict[str, Any]
     tensors: dict[str, StoredTensor]
     files: tuple[Path, ...]
+    notes: tuple[str, ...]
+    """For people: what was read in another way than it is written."""
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the embedding and output matrices that it holds; None where it holds neither."""
+        return adapter_folder.stored_rows(self.files[1], {name: tensor.shape for name, tensor in self.tensors.items()})
 
     def scaling(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r), of a module of the base."""
@@ -85,7 +106,7 @@ class Adapter:
         """PEFT's own configuration of it."""
         from peft import LoraConfig
 
-        known = {field.name for field in dataclasses.fields(LoraConfig)}
+        known = {field.name for field in dataclasses.fields(LoraConfig)} - WITHOUT_EFFECT
         given = {name: value for name, value in self.fields.items() if name in known and value is not None}
         # The matrices are loaded: how they began does not matter, and some beginnings want data.
         return LoraConfig(**{**given, "task_type": None, "init_lora_weights": True, "inference_mode": True})
@@ -93,28 +114,17 @@ class Adapter:
 
 def open_adapter(folder: Path) -> Adapter:
     """Opens what PEFT saved. Raises `CheckpointError` when it is no plain LoRA adapter, damaged, or empty."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(f"{folder} is no adapter: it has no {CONFIG_FILE}, which PEFT's save_pretrained writes")
-    fields = read_json(folder / CONFIG_FILE)
-    _check_fields(folder / CONFIG_FILE, fields)
-    found = [(folder / name, read) for name, read in _WEIGHTS.items() if (folder / name).is_file()]
-    if not found:
-        raise CheckpointError(f"{folder} has {CONFIG_FILE} but no weights: neither {' nor '.join(_WEIGHTS)}")
-    path, read = found[0]
-    tensors = read(path)
-    if not tensors:
-        raise CheckpointError(
-            f"{path} holds no tensors ({path.stat().st_size:,} bytes): what was trained was not saved; "
-            "save the adapter with model.save_pretrained, without replacing model.state_dict before"
-        )
-    for name, tensor in tensors.items():
+    _check_fields(folder / CONFIG_FILE, adapter_folder.read_fields(folder))
+    opened = adapter_folder.open_folder(folder, {".safetensors": read_safetensors, ".bin": read_pytorch}, _equal)
+    for name, tensor in opened.tensors.items():
         if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, not a 16- or 32-bit float")
-        if bad := int((~tensor.read().isfinite()).sum()):
-            raise CheckpointError(
-                f"{path}: {name} holds {bad} NaN or infinite values: train it again, with a lower rate"
-            )
-    return Adapter(folder, fields, tensors, (folder / CONFIG_FILE, path))
+            raise CheckpointError(f"{opened.path}: {name} is {tensor.dtype}, not a 16- or 32-bit float")
+        check_finite(opened.path, name, tensor.read())
+    return Adapter(folder, opened.fields, opened.tensors, (folder / CONFIG_FILE, opened.path), opened.notes)
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(one.read(), other.read())
 
 
 def _check_fields(path: Path, fields: dict[str, Any]) -> None:
@@ -156,56 +166,133 @@ class Fit:
     """Name of the base's tensor -> what is added."""
     replaced: dict[str, StoredTensor]
     """Name of the base's tensor -> what stands in its place (modules_to_save)."""
-    asked: frozenset[str]
-    """Names of the adapter's tensors that PEFT loads; it may hold copies of the base's beside them."""
+    rows: dict[str, Rows]
+    """Name of the base's tensor -> rows of it that others stand in place of (trainable_token_indices)."""
+    asked: dict[str, StoredTensor]
+    """The tensors that PEFT loads; the adapter may hold copies of the base's beside them."""
+    notes: tuple[str, ...]
+    """For people: what was decided."""
+    keeps_ends_tied: bool
+    """Whether embedding and output matrix of a tied base are changed alike; only the embedding is listed then."""
+
+    @property
+    def changed(self) -> set[str]:
+        return {*self.pairs, *self.replaced, *self.rows}
 
     @property
     def changes_nothing(self) -> bool:
         """Whether every product B A is zero, as PEFT begins, and nothing is replaced."""
         trained = any(pair.a.read().any() and pair.b.read().any() for pair in self.pairs.values())
-        return not trained and not self.replaced
+        return not trained and not self.replaced and not self.rows
+
+
+class _Asked(NamedTuple):
+    """What PEFT wants for a base."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Of the adapter's tensors."""
+    scaling: dict[str, float]
+    """Of each module with matrices A and B."""
+    tokens: dict[str, tuple[int, ...]]
+    """Module with trained rows -> which of its rows; of a tied model both ends."""
+
+
+def extended(adapter: Adapter, base: Source) -> Source:
+    """The base with the further rows of the adapter's embedding and output matrices, if it has any.
+
+    Raises `CheckpointError` where the adapter holds only a part of what a larger vocabulary takes.
+    """
+    rows, before = adapter.rows, base.config.vocab_size
+    if rows is None or rows <= before:
+        return base
+    is_tied = base.config.tie_word_embeddings
+    adapter_folder.check_extension(adapter.folder, adapter.tensors, rows, before, is_tied=is_tied)
+    config = copy.deepcopy(base.config)
+    config.vocab_size = rows
+    tensors = dict(base.tensors)
+    # The longest name of a module's is that of the frozen matrix, where there is one beside the trained.
+    held = {f"{copy_of(name)}.weight": name for name in sorted(adapter.tensors, key=len) if copy_of(name)}
+    for name in tensors.keys() & {EMBEDDING, OUTPUT}:
+        further = adapter.tensors[held.get(name) or held[OUTPUT]]
+        shape = (rows, *tensors[name].shape[1:])
+        tensors[name] = StoredTensor(shape, tensors[name].dtype, partial(_continued, tensors[name], further))
+    note = adapter_folder.extension_note(rows, before)
+    return dataclasses.replace(base, config=config, tensors=tensors, notes=(*base.notes, note))
+
+
+def _continued(stored: StoredTensor, longer: StoredTensor) -> torch.Tensor:
+    wide = torch.promote_types(stored.dtype, longer.dtype)
+    return torch.cat([stored.read().to(wide), longer.read()[stored.shape[0] :].to(wide)])
 
 
 def fit(adapter: Adapter, base: Source) -> Fit:
     """Lays the adapter onto the base. Raises `CheckpointError` where it was made for another one."""
-    shapes, peft_scaling = _asked(adapter, base)
-    copies = {
-        f"{_PREFIX}{name.removesuffix('weight')}{layer}weight": name
-        for name in (EMBEDDING, OUTPUT)
-        for layer in ("", "base_layer.")
-    }
-    missing = sorted(shapes.keys() - adapter.tensors.keys())
-    unknown = sorted(adapter.tensors.keys() - shapes.keys() - copies.keys())
-    for names, what in ((missing, "lacks"), (unknown, "has")):
-        if names:
-            raise _another_base(adapter, f"it {what} {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}")
-    for name, shape in shapes.items():
-        if (found := adapter.tensors[name].shape) != shape:
-            raise _another_base(adapter, f"{name} has shape {list(found)}, not {list(shape)}")
-    for name in (adapter.tensors.keys() & copies.keys()) - shapes.keys():
-        _check_copy(adapter, name, base.tensors.get(copies[name], base.tensors[EMBEDDING]))
+    asked = _asked(adapter, base)
+    _check_names(adapter, base, asked)
+    for name in adapter.tensors.keys() - asked.shapes.keys():
+        _check_copy(adapter, name, base)
 
+    tensors, notes = _completed(adapter, base, asked)
     pairs: dict[str, Pair] = {}
     replaced: dict[str, StoredTensor] = {}
-    for name in shapes:
+    for name in asked.shapes:
         match = _MATRIX.fullmatch(name)
-        if match is None:
-            replaced[name.removeprefix(_PREFIX)] = adapter.tensors[name]
-        elif match["letter"] == "A":
+        if match is None and not _TOKENS.fullmatch(name):
+            replaced[name.removeprefix(PREFIX)] = tensors[name]
+        elif match and match["letter"] == "A":
             module = match["module"]
-            a, b = (adapter.tensors[name[: match.start("letter")] + letter + (match[4] or "")] for letter in "AB")
+            a, b = (tensors[name[: match.start("letter")] + letter + (match[4] or "")] for letter in "AB")
             # PEFT adds the transpose of B A to an embedding (vocab, hidden).
             a, b = (_transposed(b), _transposed(a)) if match["embedding"] else (a, b)
-            pairs[f"{module}.weight"] = Pair(a, b, adapter.scaling(module), peft_scaling[module])
-    if odd := sorted((pairs.keys() | replaced.keys()) - base.tensors.keys() - {OUTPUT}):
+            pairs[f"{module}.weight"] = Pair(a, b, adapter.scaling(module), asked.scaling[module])
+    rows = {f"{module}.weight": _rows(adapter, module, indices) for module, indices in asked.tokens.items()}
+    fitted = Fit(pairs, replaced, rows, tensors, notes, keeps_ends_tied=False)
+    if odd := sorted(fitted.changed - base.tensors.keys() - {OUTPUT}):
         raise CheckpointError(f"{adapter.folder} is trained on {odd[0]}, which cannot be merged here: {_REMEDY}")
-    return Fit(pairs, replaced, frozenset(shapes))
+    if base.config.tie_word_embeddings and _changes_ends_alike(fitted):
+        for changes in (pairs, replaced, rows):
+            changes.pop(OUTPUT, None)
+        return dataclasses.replace(fitted, keeps_ends_tied=True)
+    return fitted
 
 
-def _asked(adapter: Adapter, base: Source) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
-    """Name -> shape of the tensors that PEFT wants for this base, and module -> scaling."""
+def _completed(adapter: Adapter, base: Source, asked: _Asked) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """The tensors that PEFT loads; a saved embedding or output matrix has the rows that the base has besides."""
+    tensors, notes = {name: adapter.tensors[name] for name in asked.shapes}, []
+    for name, shape in asked.shapes.items():
+        module, found = copy_of(name), tensors[name]
+        if module and found.shape != shape:
+            stored = base.tensors.get(f"{module}.weight", base.tensors[EMBEDDING])
+            tensors[name] = StoredTensor(shape, found.dtype, partial(_continued, found, stored))
+            notes.append(adapter_folder.completion_note(module, found.shape[0], shape[0]))
+    return tensors, tuple(notes)
+
+
+def _rows(adapter: Adapter, module: str, indices: tuple[int, ...]) -> Rows:
+    """Those of an output matrix that is tied to the embedding are the embedding's."""
+    name = f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
+    return Rows(indices, adapter.tensors.get(name) or adapter.tensors[name.replace("lm_head", "model.embed_tokens")])
+
+
+def _changes_ends_alike(fitted: Fit) -> bool:
+    """Whether embedding and output matrix of a tied base remain equal, as ensure_weight_tying has it."""
+
+    def contents(name: str) -> list[StoredTensor | float | tuple[int, ...]]:
+        found: list[Any] = [*fitted.pairs.get(name, ()), *fitted.rows.get(name, ())]
+        return [*found, *filter(None, [fitted.replaced.get(name)])]
+
+    one, other = contents(EMBEDDING), contents(OUTPUT)
+    return len(one) == len(other) > 0 and all(
+        _equal(a, b) if isinstance(a, StoredTensor) and isinstance(b, StoredTensor) else a == b
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _asked(adapter: Adapter, base: Source) -> _Asked:
+    """Asks PEFT by a model that takes no memory."""
     from peft import get_peft_model, get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     from hf_llama_repro import LlamaReproForCausalLM
 
@@ -216,14 +303,18 @@ def _asked(adapter: Adapter, base: Source) -> tuple[dict[str, tuple[int, ...]], 
                 LlamaReproForCausalLM(copy.deepcopy(base.config)), adapter.peft_config(), low_cpu_mem_usage=True
             )
             state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, re.error) as error:
         raise _another_base(adapter, " ".join(str(error).split())[:300]) from None
-    scaling = {
-        name.removeprefix(_PREFIX): module.scaling["default"]
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}, scaling
+    modules = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
+    return _Asked(
+        shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
+        scaling={name: module.scaling["default"] for name, module in modules.items() if isinstance(module, LoraLayer)},
+        tokens={
+            name.removesuffix(".token_adapter"): tuple(module.token_indices["default"])
+            for name, module in modules.items()
+            if isinstance(module, TrainableTokensLayer)
+        },
+    )
 
 
 def _another_base(adapter: Adapter, reason: str) -> CheckpointError:
@@ -232,9 +323,36 @@ def _another_base(adapter: Adapter, reason: str) -> CheckpointError:
     )
 
 
-def _check_copy(adapter: Adapter, name: str, stored: StoredTensor) -> None:
-    """PEFT saves embedding and output matrix beside LoRA matrices on them: they must be those of the base."""
-    found = adapter.tensors[name]
+def _check_names(adapter: Adapter, base: Source, asked: _Asked) -> None:
+    """Raises `CheckpointError` where the adapter's tensors are not those that PEFT wants for the base."""
+    found = adapter.tensors.keys()
+    is_tied = base.config.tie_word_embeddings
+    copies = {name for name in found if copy_of(name) or adapter_folder.repeated(name, is_tied) in found}
+    missing, unknown = sorted(asked.shapes.keys() - found), sorted(found - asked.shapes.keys() - copies)
+    if missing or unknown:
+        parts = [
+            f"it {what} {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
+            for names, what in ((missing, "lacks"), (unknown, "has"))
+            if names
+        ]
+        raise _another_base(adapter, "; ".join(parts))
+    for name, shape in asked.shapes.items():
+        has = adapter.tensors[name].shape
+        is_part = copy_of(name) and len(has) == 2 and has[1:] == shape[1:] and 0 < has[0] < shape[0]
+        if has != shape and not is_part:
+            raise _another_base(adapter, f"{name} has shape {list(has)}, not {list(shape)}")
+    for module, indices in asked.tokens.items():
+        if odd := [index for index in indices if not 0 <= index < base.config.vocab_size]:
+            raise _another_base(adapter, f"trainable_token_indices names row {odd[0]} of {module}, which has none")
+
+
+def _check_copy(adapter: Adapter, name: str, base: Source) -> None:
+    """PEFT saves embedding and output matrix beside what is trained on them: they must be those of the base."""
+    found, module = adapter.tensors[name], copy_of(name)
+    if module is None:
+        stored = adapter.tensors[str(adapter_folder.repeated(name, is_tied=True))]
+    else:
+        stored = base.tensors.get(f"{module}.weight", base.tensors[EMBEDDING])
     if found.shape != stored.shape:
         reason = f"{name} has shape {list(found.shape)}, the base's {list(stored.shape)}: another vocabulary"
         raise _another_base(adapter, reason)

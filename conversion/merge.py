@@ -22,7 +22,7 @@ from .convert import DTYPES, Conversion, new_folder
 if TYPE_CHECKING:
     import torch
 
-    from .adapter import Adapter, Fit, Pair
+    from .adapter import Adapter, Fit, Pair, Rows
     from .source import Source, StoredTensor
 
 # What hf-llama-finetune leaves beside an adapter, and hf-llama-generate reads beside a model.
@@ -80,7 +80,7 @@ def merge(
     """
     import torch
 
-    from .adapter import find_base, fit, open_adapter
+    from .adapter import extended, find_base, fit, open_adapter
     from .model_card import made_by, model_card
     from .target import check_target, parse_size
 
@@ -89,7 +89,8 @@ def merge(
     with _quietly():
         opened = open_adapter(adapter)
         base = base or find_base(opened)
-        source = _open_base(base, force=force)
+        source = extended(opened, _open_base(base, force=force))
+        _check_token_ids(opened, source, base)
         fitted = fit(opened, source)
         if fitted.changes_nothing and not force:
             raise CheckpointError(
@@ -123,6 +124,34 @@ def merge(
     return result
 
 
+def _check_token_ids(adapter: "Adapter", source: "Source", base: Path) -> None:
+    """Raises `CheckpointError` where the adapter says that it was trained with other token ids than the base has."""
+    from tempfile import TemporaryDirectory
+
+    from transformers import AutoTokenizer
+
+    from hf_llama_repro.token_ids import choose_tokenizer, read_token_ids
+
+    from .tokenizer import convert_tokenizer
+
+    if source.tokenizer is None or read_token_ids(adapter.folder) is None:
+        return
+    with TemporaryDirectory() as scratch:
+        folder = base
+        if not (base / "tokenizer.json").is_file():
+            folder = Path(scratch)
+            context = source.config.max_position_embeddings
+            convert_tokenizer(source.tokenizer, folder, vocab_size=source.config.vocab_size, context_length=context)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    choose_tokenizer(
+        adapter.folder,
+        base,
+        tokenizer,
+        load=AutoTokenizer.from_pretrained,
+        rows=lambda: source.config.vocab_size,
+    )
+
+
 def _open_base(base: Path, *, force: bool) -> "Source":
     from .adapter import CONFIG_FILE
     from .hugging_face import open_hugging_face, read_json
@@ -151,8 +180,8 @@ def merged_source(base: "Source", adapter: "Adapter", fitted: "Fit") -> "Source"
     from .source import StoredTensor
 
     tensors, notes, config = dict(base.tensors), base.notes, base.config
-    changed = fitted.pairs.keys() | fitted.replaced.keys()
-    if config.tie_word_embeddings and (apart := sorted(changed & {EMBEDDING, OUTPUT})):
+    ends = {EMBEDDING, OUTPUT}
+    if config.tie_word_embeddings and (apart := sorted(fitted.changed & ends)) and not fitted.keeps_ends_tied:
         # As in training, where PEFT changes the one and leaves the other as it was.
         tensors[OUTPUT] = tensors[EMBEDDING]
         config.tie_word_embeddings = False
@@ -165,7 +194,11 @@ def merged_source(base: "Source", adapter: "Adapter", fitted: "Fit") -> "Source"
         tensors[name] = StoredTensor(stored.shape, stored.dtype, partial(_sum, stored, pair))
     for name, tensor in fitted.replaced.items():
         tensors[name] = StoredTensor(tensor.shape, tensors[name].dtype, tensor.read)
+    for name, rows in fitted.rows.items():
+        stored = tensors[name]
+        tensors[name] = StoredTensor(stored.shape, stored.dtype, partial(_with_rows, stored, rows))
     tokenizer, note = _tokenizer(adapter, base)
+    notes = (*notes, *adapter.notes, *fitted.notes)
     return replace(
         base,
         tensors={name: tensors[name] for name in our_shapes(config)},
@@ -186,6 +219,14 @@ def _sum(stored: "StoredTensor", pair: "Pair") -> "torch.Tensor":
 def delta(pair: "Pair") -> "torch.Tensor":
     """scaling * B A (out, in), in float32."""
     return pair.scaling * (pair.b.read().float() @ pair.a.read().float())
+
+
+def _with_rows(stored: "StoredTensor", rows: "Rows") -> "torch.Tensor":
+    import torch
+
+    weight, values = stored.read(), rows.values.read()
+    wide = torch.promote_types(weight.dtype, values.dtype)
+    return weight.to(wide).index_copy(0, torch.tensor(rows.indices), values.to(wide))
 
 
 def _tokenizer(adapter: "Adapter", base: "Source") -> tuple[Path | None, str]:
@@ -225,13 +266,15 @@ def _adapter_line(fitted: "Fit") -> str:
         ]
     if fitted.replaced:
         parts.append(f"{len(fitted.replaced)} tensors in place of the base's ({', '.join(sorted(fitted.replaced))})")
+    parts += [f"{len(rows.indices)} rows of {name} in place of the base's" for name, rows in fitted.rows.items()]
     return ", ".join(parts)
 
 
 def _weights_line(fitted: "Fit", merged: "Source", cast: "torch.dtype | None") -> str:
-    num_others = len(merged.tensors) - len(fitted.pairs) - len(fitted.replaced)
+    num_others = len(merged.tensors) - len(fitted.changed)
     others = "bit for bit those of the base" if cast is None else f"cast to {str(cast).removeprefix('torch.')}"
-    replaced = f", {len(fitted.replaced)} tensors taken from the adapter" if fitted.replaced else ""
+    taken = len(fitted.replaced) + len(fitted.rows)
+    replaced = f", {taken} tensors taken from the adapter, whole or in some rows" if taken else ""
     return f"{len(fitted.pairs)} matrices summed in float32 and rounded once{replaced}, the other {num_others} {others}"
 
 
@@ -267,6 +310,11 @@ def _check_tensor(name: str, written: "StoredTensor", source: "Source", fitted: 
         fitted.replaced.get(name, source.tensors.get(name, source.tensors[EMBEDDING])),
     )
     found, origin = written.read(), stored.read()
+    if name in fitted.rows:
+        values = fitted.rows[name].values.read()
+        origin = origin.to(torch.promote_types(origin.dtype, values.dtype), copy=True)
+        for index, row in zip(fitted.rows[name].indices, values, strict=True):
+            origin[index] = row
     if pair is None and origin.dtype == found.dtype:
         if not torch.equal(found, origin):
             raise _wrong(f"{name} is not the base's")
@@ -325,12 +373,16 @@ def _reference_logits(
     from peft.tuners.lora import LoraLayer
     from transformers import AutoModelForCausalLM
 
+    from hf_llama_repro.adapter_folder import AdapterFolder, copy_of, extend
+
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if getattr(model, "is_quantized", False):
         model = model.dequantize().float()
+    copies = {name: tensor.read() for name, tensor in adapter.tensors.items() if copy_of(name)}
+    extend(model, AdapterFolder(adapter.folder, adapter.fields, copies, adapter.files[1], ()))
     peft_model = get_peft_model(model, adapter.peft_config())
     # Not the copies of the base's matrices, which may have been rounded.
-    set_peft_model_state_dict(peft_model, {name: adapter.tensors[name].read() for name in fitted.asked})
+    set_peft_model_state_dict(peft_model, {name: tensor.read() for name, tensor in fitted.asked.items()})
     peft_model.eval()
     with_adapter = peft_model(ids).logits
     with peft_model.disable_adapter():
@@ -381,9 +433,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Merge a LoRA adapter into its base: a folder that from_pretrained and pipeline open.",
         epilog="The target appears under its name only when it is whole. Exit code 2: the message says what to mend.",
     )
-    parser.add_argument(
-        "adapter", type=input_path, help="folder with adapter_config.json and adapter_model.safetensors"
-    )
+    parser.add_argument("adapter", type=input_path, help="folder with adapter_config.json and the weights beside it")
     parser.add_argument("target", type=Path, help="folder to make")
     parser.add_argument(
         "--base", type=input_path, metavar="FOLDER", help="16- or 32-bit base; default: as the adapter names it"

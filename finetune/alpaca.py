@@ -23,6 +23,7 @@ from hf_llama_repro.errors import InputError
 from hf_llama_repro.local_path import refuse_hub_name
 from hf_llama_repro.outputs import check_output_folder
 from hf_llama_repro.run_folder import RECIPE_FILE, Input, open_run
+from hf_llama_repro.token_ids import check_token_ids, save_token_ids
 
 from .published_flags import environment
 from .recipe import Recipe, add_recipe_flags, load_recipe, nothing_to_train_on, overrides, recipe_for_flags
@@ -155,6 +156,8 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
         is_main=state.is_main_process,
         inputs=_inputs(recipe, data.template, say),
     )
+    if checkpoint is not None:
+        check_token_ids(checkpoint, data.encoder.tokenizer, Path(recipe.base_model))
     state.wait_for_everyone()
     _check_shared(recipe)
     compute = choose_compute(recipe, state.device)
@@ -256,6 +259,7 @@ def _trainer(recipe: Recipe, data: Data, model: Any, state: Any, compute: Any, *
     def save_beside(folder: Path) -> None:
         data.encoder.tokenizer.save_pretrained(folder)
         save_template(data.template, folder)
+        save_token_ids(data.encoder.tokenizer, folder)
 
     def check_saved(folder: Path) -> None:
         if recipe.method != "lora":

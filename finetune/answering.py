@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.adapter_folder import attach
+from hf_llama_repro.adapter_folder import attach, read_fields, rows_of, to_stderr
 from hf_llama_repro.errors import CheckpointError, InputError
 from hf_llama_repro.local_path import input_path
+from hf_llama_repro.token_ids import choose_tokenizer
 
 # torch and transformers are imported where they are used, so that --help answers at once.
 if TYPE_CHECKING:
@@ -43,6 +44,29 @@ def find_template(model: Path, adapter: Path | None, name: str | None) -> str | 
         if folder is not None and (folder / FILE_NAME).is_file():
             return folder / FILE_NAME
     return None
+
+
+def open_tokenizer(model: Path, adapter: Path | None) -> Any:
+    """The tokenizer of the model, or of an adapter with a larger vocabulary.
+
+    Raises `CheckpointError` where the adapter was trained with other token ids than the model has.
+    """
+    from .model import load_tokenizer, read_config
+
+    tokenizer = load_tokenizer(model)
+    if adapter is None:
+        return tokenizer
+    read_fields(adapter)
+    chosen, note = choose_tokenizer(
+        adapter,
+        model,
+        tokenizer,
+        load=load_tokenizer,
+        rows=lambda: max(read_config(model).vocab_size, rows_of(adapter)),
+    )
+    if note:
+        to_stderr(note)
+    return chosen
 
 
 def check_folder(model: Path) -> None:

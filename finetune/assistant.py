@@ -9,11 +9,11 @@ from typing import Any
 
 from hf_llama_repro.errors import CheckpointError, InputError
 
-from .answering import InstructionPrompts, ask, check_folder, find_template, load_answering
+from .answering import InstructionPrompts, ask, check_folder, find_template, load_answering, open_tokenizer
 from .chat_prompt import ChatPrompts
 from .decoding import Answer, Prompts, Sampling
 from .encoding import Encoder
-from .model import load_tokenizer, read_config
+from .model import read_config
 from .shared_model import SharedModel
 from .template import Turn, load_template
 
@@ -102,7 +102,7 @@ def make_prompts(model: Path, adapter: Path | None, template: str | None, mode: 
     By itself: by the template that is named or lies with the adapter or model, an instruction at a time; else by the
     tokenizer's chat template, in conversations; else as Alpaca's.
     """
-    tokenizer = load_tokenizer(model)
+    tokenizer = open_tokenizer(model, adapter)
     found = find_template(model, adapter, template)
     if found is None and (mode == "chat" or (mode == "auto" and tokenizer.chat_template)):
         return ChatPrompts(tokenizer, model), True

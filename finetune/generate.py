@@ -17,6 +17,7 @@ from .answering import (
     check_folder,
     find_template,
     load_answering,
+    open_tokenizer,
     sampling_of,
 )
 
@@ -53,13 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
 def answer(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     from .encoding import Encoder
-    from .model import load_tokenizer
     from .template import Turn, load_template
 
     check_folder(arguments.model)
     sampling = sampling_of(arguments)
     template = load_template(find_template(arguments.model, arguments.adapter, arguments.template) or "alpaca")
-    prompts = InstructionPrompts(Encoder(load_tokenizer(arguments.model), template))
+    prompts = InstructionPrompts(Encoder(open_tokenizer(arguments.model, arguments.adapter), template))
     model = load_answering(
         arguments.model, arguments.adapter, quantization=arguments.quantization, dtype=arguments.dtype
     )

@@ -133,7 +133,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_terminal(instructed):
     [
         (("--at-once", "0"), "--at-once must be 1 to 64, got 0"),
         (("--temperature", "-1"), "temperature=-1.0 is out of range"),
-        (("--adapter", "nowhere"), "is no adapter for this base"),
+        (("--adapter", "nowhere"), "nowhere is no adapter: it has no adapter_config.json"),
         (("--template", "nowhere"), "there is no template nowhere"),
         (("--mode", "chat"), "has no chat template: ask by --mode instruction, or name a --template"),
         (("--port", "70000"), "--port must be 0 to 65535, got 70000"),

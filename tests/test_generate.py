@@ -84,7 +84,7 @@ def test_an_adapter_for_another_base_is_one_message(tiny_base, learnt, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--adapter", "nowhere"), "is no adapter for this base"),
+        (("--adapter", "nowhere"), "nowhere is no adapter: it has no adapter_config.json"),
         (("--template", "nowhere"), "there is no template nowhere"),
         (("--temperature", "-1"), "temperature=-1.0 is out of range"),
         (("--top-p", "0"), "top_p=0.0 is out of range"),

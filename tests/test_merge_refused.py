@@ -54,7 +54,7 @@ REFUSED_FIELDS = {
     "DoRA": ({"use_dora": True}, "use_dora = True cannot be merged here.*merge_and_unload"),
     "transposed": ({"fan_in_fan_out": True}, "fan_in_fan_out = True cannot"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' cannot"),
-    "trained tokens": ({"trainable_token_indices": [3]}, r"trainable_token_indices = \[3\] cannot"),
+    "trained tokens": ({"trainable_token_indices": [3]}, "another base: it lacks .*trainable_tokens_delta"),
     "repeated layers": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "of the future": ({"use_xora": 1}, "use_xora = 1 cannot be merged here"),
     "rank 0": ({"r": 0}, "r = 0 is not a positive whole number"),
@@ -120,8 +120,8 @@ REFUSED_TENSORS = {
         "is torch.int8, not a 16- or 32-bit",
     ),
     "another name": (
-        lambda tensors: {k.replace("base_model.", ""): v for k, v in tensors.items()},
-        "another base: it lacks",
+        lambda tensors: {k.replace("self_attn", "attention"): v for k, v in tensors.items()},
+        "another base: it lacks .*self_attn.*; it has .*attention",
     ),
     "transposed": (lambda tensors: {k: v.t().contiguous() for k, v in tensors.items()}, "another base: .* has shape"),
 }

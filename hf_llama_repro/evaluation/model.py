@@ -68,7 +68,8 @@ def load(folder: Path, adapter: Path | None, *, dtype: str) -> tuple[Any, Any]:
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..adapter_folder import attach
+    from ..adapter_folder import attach, rows_of, to_stderr
+    from ..token_ids import choose_tokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -77,5 +78,14 @@ def load(folder: Path, adapter: Path | None, *, dtype: str) -> tuple[Any, Any]:
         raise CheckpointError(f"{folder} cannot be opened: {str(error).strip()[:500]}") from None
     model = model.to(PartialState().device)
     if adapter is not None:
+        tokenizer, note = choose_tokenizer(
+            adapter,
+            folder,
+            tokenizer,
+            load=AutoTokenizer.from_pretrained,
+            rows=lambda: max(model.config.vocab_size, rows_of(adapter)),
+        )
+        if note:
+            to_stderr(note)
         model = attach(model, adapter)
     return model.eval(), tokenizer

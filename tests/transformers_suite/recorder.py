@@ -12,8 +12,8 @@ _records: dict[str, dict] = {}
 def pytest_collection_modifyitems(items):
     for item in items:
         # The most basic class: transformers wraps the tests again in every subclass.
-        owner = next(cls for cls in reversed(item.cls.__mro__) if item.name in vars(cls))
-        _mixin_of[item.name] = owner.__name__
+        owner = next(cls for cls in reversed(item.cls.__mro__) if item.originalname in vars(cls))
+        _mixin_of[item.nodeid.rpartition("::")[2]] = owner.__name__
 
 
 def pytest_runtest_logreport(report):

@@ -42,14 +42,14 @@ PARTS = {
 }
 
 
-def tests_of_sdist() -> Path:
-    """The tests/ folder out of the sdist of the installed transformers, fetched once."""
-    name = f"transformers-{version('transformers')}"
+def tests_of_sdist(package: str) -> Path:
+    """The tests/ folder out of the sdist of the installed version, fetched once."""
+    name = f"{package}-{version(package)}"
     target = CACHE / name / "tests"
     if not target.is_dir():
         CACHE.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", package]
             subprocess.run([*command, "--dest", scratch, name.replace("-", "==")], check=True)
             with tarfile.open(Path(scratch, f"{name}.tar.gz")) as archive:
                 members = [member for member in archive if member.name.startswith(f"{name}/tests/")]
@@ -97,11 +97,18 @@ def run_both(tree: Path, expression: str, *, slow: bool) -> list[dict[str, dict]
     subprocess.run([sys.executable, str(HERE / "tiny_models.py"), str(tree / "tiny")], env=env, cwd=tree, check=True)
     options = f"-q -W ignore -p recorder -p no:cacheprovider --noconftest -c {os.devnull} --rootdir {tree}"
     pytest = [sys.executable, "-m", "pytest", *options.split(), "-k", expression, str(HERE / "model_suite.py")]
+    return run_models(pytest, env, tree)
+
+
+def run_models(pytest: list[str], env: dict[str, str], tree: Path, *, folders: bool = False) -> list[dict[str, dict]]:
+    """Runs a pytest for each of the two models side by side, in TREE or in a folder of its own; their records."""
     processes = []
     for model in MODELS:
         settings = {"SUITE_MODEL": model, "SUITE_RECORD": str(tree / f"{model}.json")}
+        folder = tree / model if folders else tree
+        folder.mkdir(exist_ok=True)
         with (tree / f"{model}.log").open("w") as log:
-            processes.append(subprocess.Popen(pytest, env={**env, **settings}, cwd=tree, stdout=log, stderr=log))
+            processes.append(subprocess.Popen(pytest, env={**env, **settings}, cwd=folder, stdout=log, stderr=log))
     records = []
     for model, process in zip(MODELS, processes, strict=True):
         if process.wait() > 1:  # 1: some tests failed
@@ -143,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.tests and not (args.tests / "test_modeling_common.py").is_file():
         parser.error(f"{args.tests} holds no test_modeling_common.py: give the tests/ folder of a checkout")
 
-    source = (args.tests or tests_of_sdist()).resolve()
+    source = (args.tests or tests_of_sdist("transformers")).resolve()
     for name, part in PARTS.items():
         if not (source / name).is_file():
             print(f"not run: the tests of {part}, for {source} holds no {name}")
