@@ -116,7 +116,7 @@ def integrations() -> Section:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from .configuration_llama_repro import LlamaReproConfig
-    from .cpu_kernel import available
+    from . import cpu_kernel
     from .registration import MODEL_TYPE
 
     opened = type(AutoConfig.for_model(MODEL_TYPE)) is LlamaReproConfig
@@ -131,7 +131,7 @@ def integrations() -> Section:
         lines["peft"] = f"cannot be imported: {error}"
     plugins = [entry.value for entry in importlib.metadata.entry_points(group="vllm.general_plugins")]
     lines["vllm"] = _yes(any(value.startswith(__package__ or "") for value in plugins), "is told of the model type")
-    lines["compiled CPU kernels"] = _yes(available(), "built by this machine's compiler")
+    lines["compiled CPU kernels"] = cpu_kernel.description()
     return lines
 
 
