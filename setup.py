@@ -1,8 +1,8 @@
-"""Builds the compiled code for CPUs (`hf_llama_repro/kernel`), where there is a compiler for it; all else is in pyproject.toml.
+"""Build the compiled code for CPUs (`hf_llama_repro/kernel`) where there is a compiler for it.
 
-Each library is the same source for another kind of processor, and plain C: no Python's, so that one wheel fits them all.
-They are libraries of their own because code that is shared inside of one (templates of the standard library) would be
-kept once, for whichever processor the linker saw first.
+All else is in pyproject.toml. Each library is the same source, compiled for another kind of processor. It is called
+through ctypes and needs nothing of Python's, so that one wheel serves every version. They are libraries of their own
+because a linker keeps one copy of what the standard library's templates give: for whichever processor it saw first.
 """
 
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 KERNEL = Path("hf_llama_repro/kernel")
 # Not -ffast-math: linked into a library it would make denormal numbers zero in all of the process.
@@ -43,6 +44,8 @@ class BuildLibraries(build_ext):
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name))
         in_the_tree = KERNEL / library.name
+        if self.editable_mode and not newer_group([*ext.sources, *ext.depends, __file__], in_the_tree):
+            return
         for stale in (library, *([in_the_tree] if self.editable_mode else [])):
             stale.unlink(missing_ok=True)  # else it would stay, from other sources, where this build fails
         aside = os.path.join(self.build_temp, ext.name)

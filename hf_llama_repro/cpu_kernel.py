@@ -146,7 +146,9 @@ def variant() -> str:
     processor = _opened("generic").llama_repro_processor()
     runs = [name for name in built if LIBRARIES[name].needs & processor == LIBRARIES[name].needs]
     if wanted not in ("on", *runs):
-        why = "this processor does not run it" if wanted in built else "it was not built when this package was installed"
+        why = (
+            "this processor does not run it" if wanted in built else "it was not built when this package was installed"
+        )
         raise KernelError(f"{SWITCH}={wanted} in the environment: {why}; here are {', '.join(runs)}")
     return runs[0] if wanted == "on" else wanted
 
@@ -202,7 +204,8 @@ def _refuse_other_structures(library: ctypes.CDLL, file: Path) -> None:
         found[0] = 0
     if list(found) != own:
         raise KernelError(
-            f"{file} was built from other sources than {__file__} (version and sizes {list(found)}, not {own}): {REBUILD}"
+            f"{file} was built from other sources than {__file__} "
+            f"(version and sizes of structures {list(found)}, not {own}): {REBUILD}"
         )
 
 

@@ -115,8 +115,8 @@ def integrations() -> Section:
     """Whether the programs that this package reaches into know it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from .configuration_llama_repro import LlamaReproConfig
     from . import cpu_kernel
+    from .configuration_llama_repro import LlamaReproConfig
     from .registration import MODEL_TYPE
 
     opened = type(AutoConfig.for_model(MODEL_TYPE)) is LlamaReproConfig
