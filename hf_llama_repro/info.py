@@ -161,7 +161,7 @@ def gather() -> dict[str, Section]:
     for name, section in (("devices", devices), ("integrations", integrations)):
         try:
             sections[name] = section()
-        except (ImportError, OSError) as error:  # a report is wanted most where something does not load
+        except (ImportError, OSError, AttributeError) as error:  # a report is wanted most where something does not load
             sections[name] = {"unknown": f"{type(error).__name__}: {error}"}
     sections["folders"] = folders()
     return sections
