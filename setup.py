@@ -17,7 +17,7 @@ from setuptools.modified import newer_group
 KERNEL = Path("hf_llama_repro/kernel")
 # Not -ffast-math: linked into a library it would make denormal numbers zero in all of the process.
 FLAGS = [
-    *("-std=gnu++17", "-O3", "-g0", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-fno-wrapv", "-w"),
+    *("-std=gnu++17", "-O3", "-g0", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-fno-wrapv", "-w", "-Wno-psabi"),
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
 ]
 # Library -> what the processor must have: `processor.h` looks for the same, and `cpu_kernel.LIBRARIES` has the names.
