@@ -204,6 +204,24 @@ def test_field_a_damaged_library_is_named(fresh, tmp_path):
         cpu_kernel.load()
 
 
+def test_field_where_pytorch_hides_its_openmp_the_library_is_joined_with_it_all_the_same(fresh):
+    seen, shown, load = [], [], ctypes.CDLL
+
+    def hidden(file, mode=ctypes.DEFAULT_MODE):
+        if mode == ctypes.RTLD_GLOBAL:
+            shown.append(file)
+        elif not shown:
+            raise OSError("undefined symbol: GOMP_parallel")
+        seen.append(file)
+        return load(file, mode)
+
+    fresh.setattr(ctypes, "CDLL", hidden)
+    cpu_kernel.load()
+    assert len(shown) == 1
+    assert "omp" in shown[0]
+    assert [Path(file).parent.name for file in seen[1:]] == ["kernel"] * 2  # the one that chooses, and the chosen
+
+
 class LongerStep(ctypes.Structure):
     _fields_ = [*cpu_kernel.Step._fields_, ("more", ctypes.c_int64)]
 
