@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# What an editable install compiles, and what it takes the rest from.
+BUILT_FROM := pyproject.toml constraints.txt setup.py $(wildcard hf_llama_repro/kernel/*.cpp hf_llama_repro/kernel/*.h)
 # A core for each of the workers, and the tests of a file by one of them, for they share what they make.
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile
@@ -13,7 +15,7 @@ help:  ## show the targets
 
 install: $(INSTALLED)  ## make .venv with everything needed
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): $(BUILT_FROM)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
@@ -31,7 +33,7 @@ test-scale: $(INSTALLED) .venv-torchao/.installed  ## training by two processes 
 	$(BIN)/python -m pytest --long $(PYTEST) tests/test_processes.py tests/test_tensor_parallel.py tests/test_examples.py tests/test_pretrain.py
 
 # torchao prints at its import, which every program that imports transformers would do: it has a place of its own.
-.venv-torchao/.installed: pyproject.toml constraints.txt
+.venv-torchao/.installed: $(BUILT_FROM)
 	$(PYTHON) -m venv .venv-torchao
 	.venv-torchao/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  --editable ".[gguf,train]" hypothesis pytest torchao
@@ -40,7 +42,7 @@ test-scale: $(INSTALLED) .venv-torchao/.installed  ## training by two processes 
 test-oldest: .venv-oldest/.installed  ## the tests with the oldest transformers that pyproject.toml allows
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PARALLEL) $(PYTEST)
 
-.venv-oldest/.installed: pyproject.toml constraints.txt
+.venv-oldest/.installed: $(BUILT_FROM)
 	$(PYTHON) -m venv .venv-oldest
 	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
@@ -112,7 +114,7 @@ test-clients: $(INSTALLED) .venv-vllm/.installed .venv-eval/.installed .venv-pee
 	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
-.venv-eval/.installed: pyproject.toml constraints.txt
+.venv-eval/.installed: $(BUILT_FROM)
 	$(PYTHON) -m venv .venv-eval
 	.venv-eval/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt --editable ".[serve,eval]"

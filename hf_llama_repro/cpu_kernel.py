@@ -1,19 +1,16 @@
-"""The compiled code for decoding on a CPU: built by the machine's C++ compiler when first needed, then kept.
+"""The compiled code for decoding on a CPU: a library for each kind of processor, built with the package (`setup.py`).
 
 PyTorch multiplies one row with a matrix at a third of the speed of the memory; `kernel/` reads at all of it.
-Where no compiler is, `load` says why, and the model computes with PyTorch alone.
+Where none is, `load` says why, and the model computes with PyTorch alone.
 """
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils import logging
@@ -22,17 +19,34 @@ from .errors import InputError
 
 logger = logging.get_logger(__name__)
 
-SOURCES = Path(__file__).with_name("kernel")
-# Not -ffast-math: linked into a library it would make denormal numbers zero in all of the process.
-FLAGS = [
-    *("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w"),
-    *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
-]
-COMPILERS = ("c++", "g++", "clang++")
+FOLDER = Path(__file__).with_name("kernel")
+HAS_AVX2, HAS_AVX512_BF16, HAS_AMX = 1, 2, 4  # enum Processor
+
+
+class Kind(NamedTuple):
+    """Processors that a library is for."""
+
+    needs: int  # of enum Processor
+    description: str
+
+
+# Name of the library -> for which processors; the first that is there and runs here is taken.
+LIBRARIES = {
+    "avx512_bf16": Kind(HAS_AVX512_BF16, "AVX-512 with bf16"),
+    "avx2": Kind(HAS_AVX2, "AVX2"),
+    "generic": Kind(0, f"any {platform.machine()}"),
+}
+ABI = 1
+"""Raised, with that of `kernel.cpp`, by every change of what the structures or the arguments below mean."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # enum Dtype
 FLOATS = (torch.float32, torch.bfloat16)
 SWITCH = "HF_LLAMA_REPRO_FAST"
-"""In the environment; `off`: the model computes by PyTorch alone, to the bit as stock Llama does."""
+"""In the environment; `off`: the model computes by PyTorch alone, to the bit as stock Llama does. One of `LIBRARIES`:
+that one is used."""
+REBUILD = (
+    "install a wheel for this platform; or a C++ compiler with OpenMP (Debian, Ubuntu: apt install g++), and then this "
+    "package again (in a checkout: pip install -e .)"
+)
 
 
 class KernelError(InputError):
@@ -99,6 +113,8 @@ class Attention(ctypes.Structure):
     ]
 
 
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (Linear, Layer, Model, Step, Attention)
+"""In the order in which `llama_repro_abi` tells their sizes."""
 _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
     "llama_repro_forward": [ctypes.POINTER(Model), ctypes.POINTER(Step)],
@@ -106,30 +122,98 @@ SIGNATURES = {
     "llama_repro_linear": [_pointer] * 4 + [_number] * 3 + [ctypes.c_int32] * 2,
     "llama_repro_attention": [ctypes.POINTER(Attention)],
 }
+NO_MEMORY = 1  # enum Outcome
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library, built if it is not there yet (6 s). `KernelError` says why there is none."""
-    if switched_off():
+    """The library for this processor. `KernelError` says why there is none."""
+    return _opened(variant())
+
+
+@functools.cache
+def variant() -> str:
+    """Which of `LIBRARIES` is used: the first that was built and that the processor runs, or the one named."""
+    wanted = os.environ.get(SWITCH, "on")
+    if wanted == "off":
         raise KernelError(f"the compiled CPU code is switched off by {SWITCH}=off in the environment: unset it")
-    named = shlex.split(os.environ.get("CXX", ""))  # with arguments, as make takes it
-    compiler = named or [name for name in COMPILERS if shutil.which(name)][:1]
-    if platform.system() == "Windows" or not compiler or shutil.which(compiler[0]) is None:
-        looked_for = " ".join(named) or ", ".join(COMPILERS)
-        raise KernelError(
-            f"no C++ compiler was found (looked for {looked_for}), which a CPU's full speed needs: install one "
-            "(Debian, Ubuntu: apt install g++), or name one in CXX"
+    if wanted not in ("on", *LIBRARIES):
+        allowed = ", ".join(("on", "off", *LIBRARIES))
+        raise KernelError(f"{SWITCH} in the environment is {wanted!r}, which is none of {allowed}: unset it")
+    built = [name for name in LIBRARIES if _file(name).is_file()]
+    if "generic" not in built:
+        raise KernelError(f"the compiled CPU code was not built when this package was installed: {REBUILD}")
+    processor = _opened("generic").llama_repro_processor()
+    runs = [name for name in built if LIBRARIES[name].needs & processor == LIBRARIES[name].needs]
+    if wanted not in ("on", *runs):
+        why = (
+            "this processor does not run it" if wanted in built else "it was not built when this package was installed"
         )
-    file = _built(compiler)
-    try:
-        library = ctypes.CDLL(str(file))
-    except OSError as error:
-        raise KernelError(f"{file} cannot be loaded ({error}): remove it, and it is built again") from error
-    for name, arguments in SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        raise KernelError(f"{SWITCH}={wanted} in the environment: {why}; here are {', '.join(runs)}")
+    return runs[0] if wanted == "on" else wanted
+
+
+def _file(name: str) -> Path:
+    return FOLDER / f"{name}.so"
+
+
+@functools.cache
+def _opened(name: str) -> ctypes.CDLL:
+    """A library whose structures are those of this file."""
+    library = _linked(_file(name))
+    for function_name, arguments in SIGNATURES.items():
+        function: Any = getattr(library, function_name)
+        function.argtypes, function.restype, function.errcheck = arguments, ctypes.c_int32, _raise_if_failed
     return library
+
+
+def _linked(file: Path) -> ctypes.CDLL:
+    """The library, joined with the OpenMP that is in this process: a second one would bring threads of its own."""
+    errors = []
+    for openmp in _openmp_runtimes():
+        try:
+            if openmp is not None:
+                ctypes.CDLL(str(openmp), ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(str(file))
+        except OSError as error:
+            errors.append(str(error))
+            if "symbol" not in errors[0]:  # nothing that an OpenMP would have
+                break
+            continue
+        _refuse_other_structures(library, file)
+        return library
+    raise KernelError(f"{file} cannot be loaded ({errors[0]}): {REBUILD}")
+
+
+def _openmp_runtimes() -> Iterator[str | Path | None]:
+    """None: PyTorch has loaded one for all to see, as it does by itself. Else its own, or the system's."""
+    yield None
+    if platform.system() != "Windows":
+        torch_folder = Path(torch.__file__).parent
+        for folder in (torch_folder / "lib", torch_folder.with_name("torch.libs")):
+            yield from sorted(folder.glob("lib[gi]*omp*.so*"))
+        yield from ("libgomp.so.1", "libomp.so.5", "libomp.so")
+
+
+def _refuse_other_structures(library: ctypes.CDLL, file: Path) -> None:
+    own = [ABI, *map(ctypes.sizeof, STRUCTURES)]
+    found = (_number * len(own))()
+    try:
+        library.llama_repro_abi(found)
+    except AttributeError:
+        found[0] = 0
+    if list(found) != own:
+        raise KernelError(
+            f"{file} was built from other sources than {__file__} "
+            f"(version and sizes of structures {list(found)}, not {own}): {REBUILD}"
+        )
+
+
+def _raise_if_failed(outcome: int, function: Any, arguments: tuple) -> None:
+    if outcome == NO_MEMORY:
+        raise MemoryError(f"{function.__name__} of the compiled CPU code found no memory for its intermediate results")
+    if outcome:
+        raise RuntimeError(f"{function.__name__} of the compiled CPU code failed with code {outcome}")
 
 
 def switched_off() -> bool:
@@ -138,7 +222,7 @@ def switched_off() -> bool:
 
 @functools.cache
 def available() -> bool:
-    """Whether the compiled code is there; builds it. A failure is logged, once."""
+    """Whether the compiled code is there. If it is not, why is logged, once."""
     try:
         load()
     except KernelError as error:
@@ -147,57 +231,22 @@ def available() -> bool:
     return True
 
 
-def cache_folder() -> Path:
-    """Where what was built is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_llama_repro"
+@functools.cache
+def most_tokens() -> int:
+    """Of a batch, up to which the compiled code is faster than PyTorch, which knows AMX; 0 where it is not there."""
+    if not available():
+        return 0
+    return 16 if load().llama_repro_processor() & HAS_AMX else 48
 
 
-def _built(compiler: list[str]) -> Path:
-    """The library's file. Its name tells source, flags, compiler and processor: a home may be shared by machines."""
-    version = _run([*compiler, "--version"]).splitlines()[0]
-    parts = [
-        *(file.read_text() for file in sorted(SOURCES.iterdir())),
-        *FLAGS,
-        version,
-        platform.machine(),
-        _processor(),
-    ]
-    name = f"cpu_kernel-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    folder = cache_folder()
-    if (folder / name).is_file():
-        return folder / name
+def description() -> str:
+    """Which compiled code is used, or why none is."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            logger.warning_once("hf_llama_repro: compiling its code for this CPU, once (some 6 s)")
-            _run([*compiler, *FLAGS, str(SOURCES / "kernel.cpp"), "-o", str(Path(aside) / name), "-lm"])
-            with open(Path(aside) / name, "rb") as file:
-                os.fsync(file.fileno())  # a library that a power cut made shorter kills the process that loads it
-            os.replace(Path(aside) / name, folder / name)  # whole, whoever else is building it
-    except OSError as error:
-        raise KernelError(
-            f"{folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can"
-        ) from error
-    return folder / name
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise KernelError(
-            f"the C++ compiler failed with exit code {done.returncode}: {' '.join(command)}\n"
-            f"{done.stderr.strip()[:1000]}\nName another compiler in CXX"
-        )
-    return done.stdout
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.processor()]
-    return "\n".join(
-        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    )
+        name = variant()
+        load()
+    except KernelError as error:
+        return f"no: {error}"
+    return f"yes: for {LIBRARIES[name].description} ({_file(name)})"
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -16,9 +16,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import cpu_kernel
 
-MOST_TOKENS = 16 if torch.cpu._is_amx_tile_supported() else 48
-"""Of a batch, in a product of the compiled code; above, PyTorch's is as fast, which knows AMX."""
-
 
 def observed() -> bool:
     """Whether something watches or changes what PyTorch does: gradients, autocast, a compiler, a tracer."""
@@ -43,11 +40,11 @@ def _plain(*tensors: torch.Tensor) -> bool:
 
 def few_tokens_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """`F.linear` of (batch, seq, columns); None where the plain way is to be taken."""
-    if x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MOST_TOKENS or observed():
+    if x.dim() != 3 or observed() or not 0 < x.shape[0] * x.shape[1] <= cpu_kernel.most_tokens():
         return None
     if not _plain(x, weight, *(() if bias is None else (bias,))) or not weight.is_contiguous():
         return None
-    return cpu_kernel.linear(x, weight, bias) if cpu_kernel.available() else None
+    return cpu_kernel.linear(x, weight, bias)
 
 
 class FewTokensLinear(nn.Linear):

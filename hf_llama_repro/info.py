@@ -115,8 +115,8 @@ def integrations() -> Section:
     """Whether the programs that this package reaches into know it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from . import cpu_kernel
     from .configuration_llama_repro import LlamaReproConfig
-    from .cpu_kernel import available
     from .registration import MODEL_TYPE
 
     opened = type(AutoConfig.for_model(MODEL_TYPE)) is LlamaReproConfig
@@ -131,7 +131,7 @@ def integrations() -> Section:
         lines["peft"] = f"cannot be imported: {error}"
     plugins = [entry.value for entry in importlib.metadata.entry_points(group="vllm.general_plugins")]
     lines["vllm"] = _yes(any(value.startswith(__package__ or "") for value in plugins), "is told of the model type")
-    lines["compiled CPU kernels"] = _yes(available(), "built by this machine's compiler")
+    lines["compiled CPU kernels"] = cpu_kernel.description()
     return lines
 
 
@@ -161,7 +161,7 @@ def gather() -> dict[str, Section]:
     for name, section in (("devices", devices), ("integrations", integrations)):
         try:
             sections[name] = section()
-        except (ImportError, OSError) as error:  # a report is wanted most where something does not load
+        except (ImportError, OSError, AttributeError) as error:  # a report is wanted most where something does not load
             sections[name] = {"unknown": f"{type(error).__name__}: {error}"}
     sections["folders"] = folders()
     return sections

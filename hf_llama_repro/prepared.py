@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import cpu_kernel
 from .errors import InputError
-from .fast_paths import MOST_TOKENS, CacheLayerWithRoom, give_room, observed
+from .fast_paths import CacheLayerWithRoom, give_room, observed
 from .modeling_llama_repro import CACHE, LlamaReproForCausalLM, either_cache
 
 CACHE_BEFORE = "_cache_implementation_before_optimize"
@@ -135,7 +135,7 @@ class Prepared:
             observed()
             or given is None
             or (input_ids is not None and inputs_embeds is not None)
-            or not 0 < given.shape[0] * given.shape[1] <= MOST_TOKENS
+            or not 0 < given.shape[0] * given.shape[1] <= cpu_kernel.most_tokens()
             or not isinstance(logits_to_keep, int)
             or model.config.output_attentions
             or model.config.output_hidden_states

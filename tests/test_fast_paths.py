@@ -14,7 +14,7 @@ from random_models import ARCHITECTURES, random_model, random_tokens, relative_d
 from transformers import DynamicCache
 
 from hf_llama_repro import cpu_kernel, modeling_llama_repro, optimize
-from hf_llama_repro.fast_paths import MOST_TOKENS, CacheLayerWithRoom, FewTokensLinear, Room, few_tokens_linear
+from hf_llama_repro.fast_paths import CacheLayerWithRoom, FewTokensLinear, Room, few_tokens_linear
 from hf_llama_repro.modeling_llama_repro import CACHE
 
 SHAPES = {  # batch, heads, kv_heads, head_dim, seq, cached before
@@ -122,7 +122,9 @@ def test_few_tokens_linear_equals_linear(shape, bias, dtype):
         output = few_tokens_linear(x, linear.weight, linear.bias)
         assert relative_difference(output, linear(x)) < TOLERANCE[dtype]
         assert few_tokens_linear(x.double(), linear.weight, linear.bias) is None
-        assert few_tokens_linear(x[:1, :1].expand(1, MOST_TOKENS + 1, 83), linear.weight, linear.bias) is None
+        assert (
+            few_tokens_linear(x[:1, :1].expand(1, cpu_kernel.most_tokens() + 1, 83), linear.weight, linear.bias) is None
+        )
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert few_tokens_linear(x, linear.weight, linear.bias) is None
     assert few_tokens_linear(x, linear.weight, linear.bias) is None  # gradients are taken

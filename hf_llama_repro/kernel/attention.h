@@ -7,9 +7,9 @@
 #pragma once
 
 #include "linear.h"
+#include "parallel.h"
 
 #include <limits>
-#include <omp.h>
 #include <vector>
 
 struct Attention {
@@ -55,23 +55,36 @@ template <class P, class T> class ManyQueries {
           values(a.batch * a.kv_heads * channel_tiles * key_tiles * (COLUMNS / PAIR) * COLUMNS) {}
 
     void run() {
-        const int64_t groups = a.heads / a.kv_heads, blocks = (a.seq + ROWS - 1) / ROWS;
-#pragma omp parallel num_threads(a.threads)
-        {
-            std::vector<float> scores(ROWS * key_tiles * COLUMNS);
-            std::vector<X> weights(ROWS * key_tiles * COLUMNS), queries(ROWS * a.head_dim);
-#pragma omp for schedule(static)
-            for (int64_t task = 0; task < a.batch * a.kv_heads * key_tiles; ++task) pack(task / key_tiles, task % key_tiles);
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < a.batch * a.heads * blocks; ++task) {
-                const int64_t head = task / blocks;  // (batch, heads)
-                attend(head / a.heads, head % a.heads, head / a.heads * a.kv_heads + head % a.heads / groups,
-                       (blocks - 1 - task % blocks) * ROWS, queries.data(), scores.data(), weights.data());
-            }
-        }
+        in_parallel(a.threads, [&](int, int) { return Worker(*this); });
     }
 
   private:
+    // A thread, and its memory for the queries that it takes together.
+    class Worker {
+        ManyQueries &all;
+        std::vector<float> scores;
+        std::vector<X> weights, queries;
+
+      public:
+        explicit Worker(ManyQueries &all)
+            : all(all), scores(ROWS * all.key_tiles * COLUMNS), weights(ROWS * all.key_tiles * COLUMNS),
+              queries(ROWS * all.a.head_dim) {}
+
+        void run() {
+            const Attention &a = all.a;
+            const int64_t groups = a.heads / a.kv_heads, blocks = (a.seq + ROWS - 1) / ROWS;
+#pragma omp for schedule(static)
+            for (int64_t task = 0; task < a.batch * a.kv_heads * all.key_tiles; ++task)
+                all.pack(task / all.key_tiles, task % all.key_tiles);
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < a.batch * a.heads * blocks; ++task) {
+                const int64_t head = task / blocks;  // (batch, heads)
+                all.attend(head / a.heads, head % a.heads, head / a.heads * a.kv_heads + head % a.heads / groups,
+                           (blocks - 1 - task % blocks) * ROWS, queries.data(), scores.data(), weights.data());
+            }
+        }
+    };
+
     const T *at(const void *data, const int64_t *strides, int64_t batch, int64_t head, int64_t place) const {
         return (const T *)data + batch * strides[0] + head * strides[1] + place * strides[2];
     }

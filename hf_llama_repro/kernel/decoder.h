@@ -8,10 +8,10 @@
 #pragma once
 
 #include "linear.h"
+#include "parallel.h"
 
 #include <cmath>
 #include <limits>
-#include <omp.h>
 #include <vector>
 
 struct Layer {
@@ -85,6 +85,16 @@ struct Shared {
     std::vector<char> inner;                    // SwiGLU's product, (tokens, intermediate)
 };
 
+static bool has_int8(const Model &model) {
+    for (int64_t number = 0; number < model.num_layers; ++number) {
+        const Layer &layer = model.layers[number];
+        for (const Linear *linear : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
+            if (linear->dtype == INT8) return true;
+    }
+    return model.head.dtype == INT8;
+}
+
+// What one thread does of a forward pass, and the memory that it does it in.
 template <class P, class T> class Pass {
     typedef typename P::X X;
     const Model &model;
@@ -93,16 +103,25 @@ template <class P, class T> class Pass {
     const int thread, threads;
     const int64_t tokens, total, groups, chunks;
     std::vector<X> input;  // this thread's copy of what a linear layer is applied to
-    std::vector<int16_t> shorts;
-    std::vector<float> factors;  // (tokens,)
+    std::vector<int16_t> shorts;  // (tokens, columns), of a linear layer with int8 weights; empty where none takes them
+    std::vector<float> factors;   // (tokens,)
     std::vector<float> scores, block, gates;
+    std::vector<float> turned_query;  // (head_dim,)
+    std::vector<float> shares;        // (chunks,)
 
   public:
     Pass(const Model &model, const Step &step, Shared &shared, int thread, int threads)
         : model(model), step(step), shared(shared), thread(thread), threads(threads), tokens(step.batch * step.seq),
           total(step.past + step.seq), groups(model.heads / model.kv_heads), chunks((total + CHUNK - 1) / CHUNK),
           input(tokens * std::max(model.hidden, model.heads * model.head_dim)), scores(CHUNK),
-          block(BLOCK * tokens), gates(BLOCK * tokens) {}
+          block(BLOCK * tokens), gates(BLOCK * tokens), turned_query(model.head_dim), shares(chunks) {
+#ifdef SHORT_PRODUCTS
+        if (tokens <= P::SHORTS && has_int8(model)) {
+            shorts.resize(tokens * std::max({model.hidden, model.heads * model.head_dim, model.intermediate}));
+            factors.resize(tokens);
+        }
+#endif
+    }
 
     void run() {
         for (int64_t number = 0; number < model.num_layers; ++number) {
@@ -137,9 +156,8 @@ template <class P, class T> class Pass {
     Inputs<X> inputs(const X *values, std::initializer_list<const Linear *> linears) {
 #ifdef SHORT_PRODUCTS
         for (const Linear *linear : linears) {
-            if (linear->dtype != INT8 || tokens > P::SHORTS) continue;
+            if (linear->dtype != INT8 || shorts.empty()) continue;
             const int64_t columns = linear->columns;
-            shorts.resize(tokens * columns), factors.resize(tokens);
             for (int64_t token = 0; token < tokens; ++token)
                 factors[token] = round_to_shorts(values + token * columns, columns, shorts.data() + token * columns);
             return {values, shorts.data(), factors.data()};
@@ -175,7 +193,6 @@ template <class P, class T> class Pass {
     // Rotates the new queries and keys, and puts the keys and values into the cache.
     void append(T *keys, T *values) {
         const int64_t size = model.head_dim, half = size / 2, per_token = model.heads + 2 * model.kv_heads;
-        std::vector<float> turned_query(size);
         for (int64_t task = thread; task < tokens * per_token; task += threads) {
             const int64_t token = task / per_token, head = task % per_token;
             const int64_t sequence = token / step.seq, place = token % step.seq;
@@ -245,16 +262,15 @@ template <class P, class T> class Pass {
         for (int64_t head = 0; head < count; ++head) {
             float largest = -std::numeric_limits<float>::infinity(), weight_sum = 0;
             for (int64_t chunk = 0; chunk < chunks; ++chunk) largest = std::max(largest, shared.largest[chunk * count + head]);
-            std::vector<float> factors(chunks, 0.0f);
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-                if (!shared.weight[chunk * count + head]) continue;
-                factors[chunk] = std::exp(shared.largest[chunk * count + head] - largest);
-                weight_sum += factors[chunk] * shared.weight[chunk * count + head];
+                const float weight = shared.weight[chunk * count + head];
+                shares[chunk] = weight ? std::exp(shared.largest[chunk * count + head] - largest) : 0.0f;
+                weight_sum += shares[chunk] * weight;
             }
             for (int64_t i = 0; i < size; ++i) {
                 float value = 0;
                 for (int64_t chunk = 0; chunk < chunks; ++chunk)
-                    if (factors[chunk]) value += factors[chunk] * shared.mixed[(chunk * count + head) * size + i];
+                    if (shares[chunk]) value += shares[chunk] * shared.mixed[(chunk * count + head) * size + i];
                 store(input.data() + head * size + i, weight_sum ? value / weight_sum : 0.0f);
             }
         }
@@ -301,6 +317,5 @@ template <class P, class T> static void forward(const Model &model, const Step &
     shared.largest.resize(chunks * tokens * model.heads);
     shared.weight.resize(chunks * tokens * model.heads);
     shared.inner.resize(tokens * model.intermediate * sizeof(typename P::X));
-#pragma omp parallel num_threads(step.threads)
-    Pass<P, T>(model, step, shared, omp_get_thread_num(), omp_get_num_threads()).run();
+    in_parallel(step.threads, [&](int thread, int threads) { return Pass<P, T>(model, step, shared, thread, threads); });
 }
