@@ -228,69 +228,86 @@ class KVBuffer:
     or in a copy of the layer, its tensors are not those that were handed out last, and the next token finds no room.
     """
 
-    def __init__(self, shape: Sequence[int], like: torch.Tensor):
+    def __init__(self, layer: DynamicLayer, past: int, shape: Sequence[int], like: torch.Tensor):
         batch, kv_heads, seq, head_dim = shape
         # An eighth more: of the memory, and of the copying that a token costs, little either way.
-        self.capacity = seq + min(max(seq // 8, 16), 256)
+        self.capacity = past + seq + min(max((past + seq) // 8, 16), 256)
         self.keys, self.values = (like.new_empty(batch, kv_heads, self.capacity, head_dim) for _ in range(2))
         # Tensors made in inference mode may not be written to outside of it.
         self.kind = (batch, kv_heads, head_dim, like.dtype, self.keys.is_inference())
         self.pointers = (self.keys.data_ptr(), self.values.data_ptr())
-        self.handed_out: tuple[Any, Any] = (None, None)
+        if not layer.is_initialized:
+            layer.lazy_initialization(like, like)
+        elif past:
+            self.keys[:, :, :past], self.values[:, :, :past] = layer.keys, layer.values
+        self.handed_out: tuple[Any, Any] = (layer.keys, layer.values)
+        self.length = past
 
-    def continues(self, layer: DynamicLayer, shape: Sequence[int], like: torch.Tensor) -> bool:
-        """Return whether the layer can be lengthened by `shape` in here."""
-        batch, kv_heads, seq, head_dim = shape
+    def continues(self, layer: DynamicLayer, seq: int, kind: tuple) -> bool:
+        """Return whether the layer has room for so many tokens in here."""
         keys, values = self.handed_out
         return (
             keys is layer.keys
             and values is layer.values
-            and keys.shape[2] + seq <= self.capacity
-            and self.kind == (batch, kv_heads, head_dim, like.dtype, torch.is_inference_mode_enabled())
-            and self.pointers == (keys.data_ptr(), values.data_ptr())
+            and self.length + seq <= self.capacity
+            and self.kind == kind
+            and (keys.data_ptr(), values.data_ptr()) == self.pointers
         )
 
-    def hand_out(self, layer: DynamicLayer, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        layer.keys, layer.values = self.handed_out = self.keys.narrow(2, 0, length), self.values.narrow(2, 0, length)
-        return self.handed_out
+    def extend(self, layer: DynamicLayer, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lengthen the layer's keys and values by so many tokens, to be filled in by the caller; return both."""
+        self.length += seq
+        keys, values = self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
+        self.handed_out = layer.keys, layer.values = keys, values
+        return keys, values
 
 
 _BUFFERS: "weakref.WeakKeyDictionary[DynamicLayer, KVBuffer]" = weakref.WeakKeyDictionary()
 """Beside the layers and not in them: a cache is the user's, who may copy it, compare it and save it."""
 
 
-def extend(layer: DynamicLayer, shape: Sequence[int], like: torch.Tensor) -> KVBuffer:
-    """Lengthen keys and values by (batch, kv_heads, seq, head_dim), to be filled in by the caller.
+def buffers_of(layers: Sequence[DynamicLayer], past: int, shape: Sequence[int], like: torch.Tensor) -> list[KVBuffer]:
+    """Return memory in which layers of `past` tokens have room for (batch, kv_heads, seq, head_dim) more.
 
-    `like` has the dtype and the device.
+    All of one capacity; `like` has the dtype and the device.
     """
-    if not layer.is_initialized:
-        layer.lazy_initialization(like, like)
-    past = layer.get_seq_length()
-    buffer = _BUFFERS.get(layer)
-    if buffer is None or not buffer.continues(layer, shape, like):
-        _BUFFERS.pop(layer, None)  # released before more is asked for
-        batch, kv_heads, seq, head_dim = shape
-        buffer = KVBuffer((batch, kv_heads, past + seq, head_dim), like)
-        if past:
-            buffer.keys[:, :, :past], buffer.values[:, :, :past] = layer.keys, layer.values
-        _BUFFERS[layer] = buffer
-    buffer.hand_out(layer, past + shape[-2])
-    return buffer
+    batch, kv_heads, seq, head_dim = shape
+    kind = (batch, kv_heads, head_dim, like.dtype, torch.is_inference_mode_enabled())
+    buffers = [_BUFFERS.get(layer) for layer in layers]
+    capacity = buffers[0].capacity if buffers[0] is not None else 0
+    for layer, buffer in zip(layers, buffers, strict=True):
+        if buffer is None or buffer.capacity != capacity or not buffer.continues(layer, seq, kind):
+            break
+    else:
+        return buffers  # type: ignore[return-value]
+    del buffer, buffers  # released one by one, before more is asked for
+    for layer in layers:
+        _BUFFERS.pop(layer, None)
+        _BUFFERS[layer] = KVBuffer(layer, past, shape, like)
+    return [_BUFFERS[layer] for layer in layers]
 
 
 CACHE_UPDATE, LAYER_UPDATE = DynamicCache.update, DynamicLayer.update
 
 
-def grows_in_place(cache: Any) -> bool:
-    """Return whether this is transformers' own `DynamicCache`, as it was made."""
-    return (
-        type(cache) is DynamicCache
-        and not cache.offloading
-        and "update" not in cache.__dict__
-        and DynamicCache.update is CACHE_UPDATE
-        and DynamicLayer.update is LAYER_UPDATE
-    )
+def layers_of(cache: Any, count: int) -> list[DynamicLayer] | None:
+    """Return the first layers of a cache that is transformers' own `DynamicCache`, as it was made; else None."""
+    if (
+        type(cache) is not DynamicCache
+        or cache.offloading
+        or "update" in cache.__dict__
+        or DynamicCache.update is not CACHE_UPDATE
+        or DynamicLayer.update is not LAYER_UPDATE
+    ):
+        return None
+    if len(cache.layers) < count and cache.layer_class_to_replicate is DynamicLayer:
+        cache.layers.extend(DynamicLayer() for _ in range(count - len(cache.layers)))
+    return cache.layers if len(cache.layers) >= count else None
+
+
+def is_ordinary(layer: Any) -> bool:
+    """Return whether this is transformers' own `DynamicLayer`, as it was made."""
+    return type(layer) is DynamicLayer and "update" not in layer.__dict__
 
 
 def append(
@@ -301,22 +318,21 @@ def append(
     None where the cache is to do it. On CUDA the room costs more memory than copies cost time.
     """
     # What autograd has saved may not change.
-    if torch.is_grad_enabled() or is_watched() or not _plain(key, value) or not grows_in_place(cache):
+    if torch.is_grad_enabled() or is_watched() or not _plain(key, value):
         return None
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layers.extend(DynamicLayer() for _ in range(layer_idx + 1 - len(cache.layers)))
-    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if type(layer) is not DynamicLayer or "update" in layer.__dict__:
+    layers = layers_of(cache, layer_idx + 1)
+    if layers is None or not is_ordinary(layers[layer_idx]):
         return None
+    layer = layers[layer_idx]
     past = layer.get_seq_length()
     if not past:  # a prompt, after which no token may follow
         layer.lazy_initialization(key, value)
         layer.keys, layer.values = key, value
         return key, value
-    extend(layer, key.shape, key)
-    keys, values = layer.keys, layer.values
+    (buffer,) = buffers_of([layer], past, key.shape, key)
+    keys, values = buffer.extend(layer, key.shape[2])
     keys[:, :, past:], values[:, :, past:] = key, value
     return keys, values
 
 
-FAST_PATHS: dict[str, Callable] = {"linear": linear, "append": append, "sdpa": attention}
+FAST_PATHS: dict[str | Callable, Callable] = {"linear": linear, "append": append, sdpa_attention_forward: attention}

@@ -34,9 +34,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_llama_repro import AUTO_MAP, LlamaReproConfig
 
-# What the installed package adds for speed (`fast_paths`): name -> what is called in place of the plain way, which is
-# all there is where this file lies beside a checkpoint.
-FAST_PATHS: dict[str, Callable] = {}
+# What the installed package adds for speed (`fast_paths`): an operation, by name, or an attention function -> what is
+# called in place of the plain way, which is all there is where this file lies beside a checkpoint.
+FAST_PATHS: dict[str | Callable, Callable] = {}
 
 
 def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -253,7 +253,7 @@ class LlamaReproAttention(nn.Module):
         implementation = self.config._attn_implementation
         # vLLM reads this source: a name that holds what get_interface gives, alone, and is called once.
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        attention_interface = FAST_PATHS.get(implementation, attention_interface)
+        attention_interface = FAST_PATHS.get(attention_interface, attention_interface)
         attn_output, attn_weights = attention_interface(
             self,
             query,
