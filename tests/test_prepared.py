@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig, DynamicCache
 
 from hf_llama_repro import LlamaReproForCausalLM, cpu_kernel, optimize, restore
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.fast_paths import most_tokens
 from hf_llama_repro.modeling_llama_repro import CACHE
 from hf_llama_repro.prepared import Prepared
 
@@ -148,8 +149,8 @@ def test_prepared_builds_nothing_while_context_batch_and_prompt_change(monkeypat
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()  # of tests before
     described = []
-    inner = Prepared._described
-    monkeypatch.setattr(Prepared, "_described", lambda self: described.append(1) or inner(self))
+    inner = Prepared._pack
+    monkeypatch.setattr(Prepared, "_pack", lambda self: described.append(1) or inner(self))
     for batch, seq, new in ((1, 5, 600), (1, 64, 8), (3, 33, 8), (8, 7, 4), (1, 300, 4)):
         prompt = random_tokens(model.config, batch=batch, seq=seq)
         model.generate(prompt, min_new_tokens=new, max_new_tokens=new, **GREEDY)
