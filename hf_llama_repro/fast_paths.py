@@ -23,7 +23,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from . import cpu_kernel
 
 
-
 @functools.cache
 def _probes() -> tuple[Callable[[], Any], ...]:
     """Return what is true under a dispatch mode, a function mode, a functorch transform.

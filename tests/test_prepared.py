@@ -11,7 +11,6 @@ from transformers import BitsAndBytesConfig, DynamicCache
 
 from hf_llama_repro import LlamaReproForCausalLM, cpu_kernel, optimize, restore
 from hf_llama_repro.errors import InputError
-from hf_llama_repro.fast_paths import most_tokens
 from hf_llama_repro.modeling_llama_repro import CACHE
 from hf_llama_repro.prepared import Prepared
 
