@@ -56,7 +56,6 @@ def open_tokenizer(model: Path, adapter: Path | None) -> Any:
     tokenizer = load_tokenizer(model)
     if adapter is None:
         return tokenizer
-    read_fields(adapter)
     chosen, note = choose_tokenizer(
         adapter,
         model,
@@ -103,6 +102,8 @@ def load_answering(model: Path, adapter: Path | None, *, quantization: str = "no
     from .model import choose_compute, load_base, read_config
     from .recipe import Recipe
 
+    if adapter is not None:
+        read_fields(adapter)  # before minutes of loading
     device = PartialState().device
     compute = choose_compute(Recipe(dtype=dtype), device)
     config = read_config(model)
