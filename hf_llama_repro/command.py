@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     mistyped required flag as missing.
     """
 
-    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         self._refuse_unknown(given)
         return super().parse_args(given, namespace)
