@@ -174,7 +174,8 @@ class _HuggingFace:
         return templates | {name: path.read_text(encoding="utf-8") for name, path in files.items()}
 
     def _special(self, id_of: Callable[[str], int | None]) -> dict[str, int | None]:
-        """Of BOS, EOS and UNK those that are named; None where the files say that there is none. Empty names do not count."""
+        """Of BOS, EOS and UNK those that are named; None where the files say that there is none."""
+        # An empty name, as in the first public conversions, says nothing.
         named = {name: self.config.get(f"{name}_token", "") for name in ("bos", "eos", "unk")}
         return {
             name: None if token is None else id_of(_content(token))

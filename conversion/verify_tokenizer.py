@@ -25,7 +25,7 @@ def compare_tokenizer(source: Path, found: Any, again: Any) -> Check:
     """Of `found`, the folder's tokenizer: vocabulary, ids and settings. `again` was made of the source once more."""
     outcomes = [(reference, _differences(reference, found, again)) for reference in references(source)]
     reference, differences = next((pair for pair in outcomes if not pair[1]), outcomes[0])
-    texts = len(_texts(reference, found, parsed=False))
+    texts = len(_texts(reference, found, parsed=False)) + (0 if reference.encode else len(reference.tokens))
     right = (
         f"{len(found):,} tokens, and the ids of {texts:,} texts, are those of {reference.name}"
         if reference.encode
@@ -59,7 +59,8 @@ def _differences(reference: Reference, found: Any, again: Any) -> list[str]:
 
 def _other_tokens(reference: Reference, found: Any, again: Any) -> Iterator[str]:
     # Not convert_ids_to_tokens, which gives what an added token is normalized to.
-    tokens = {index: token for token, index in found.get_vocab().items()}
+    vocabulary, expected_vocabulary = found.get_vocab(), again.get_vocab()
+    tokens = {index: token for token, index in vocabulary.items()}
     differing = [
         (index, tokens.get(index), expected)
         for index, expected in enumerate(reference.tokens)
@@ -69,10 +70,10 @@ def _other_tokens(reference: Reference, found: Any, again: Any) -> Iterator[str]
         index, token, expected = differing[0]
         yield f"{len(differing)} tokens differ, the first is {index}: {token!r}, not {expected!r}"
     for token, index in reference.added.items():
-        if found.get_vocab().get(token) != index:
-            yield f"the added token {token!r} is {found.get_vocab().get(token)}, not {index}"
-    if found.get_vocab() != again.get_vocab():
-        yield f"{len(set(found.get_vocab().items()) ^ set(again.get_vocab().items()))} entries of the vocabulary differ"
+        if vocabulary.get(token) != index:
+            yield f"the added token {token!r} is {vocabulary.get(token)}, not {index}"
+    if vocabulary != expected_vocabulary:
+        yield f"{len(set(vocabulary.items()) ^ set(expected_vocabulary.items()))} entries of the vocabulary differ"
     ours, theirs = found.added_tokens_decoder, again.added_tokens_decoder
     for index in sorted(ours.keys() | theirs.keys()):
         if repr(ours.get(index)) != repr(theirs.get(index)):
@@ -80,8 +81,9 @@ def _other_tokens(reference: Reference, found: Any, again: Any) -> Iterator[str]
 
 
 def _other_ids(reference: Reference, found: Any, again: Any) -> Iterator[str]:
+    pieces = [] if reference.encode else again.batch_decode([[index] for index in range(len(reference.tokens))])
     for split in (True, False):
-        texts = _texts(reference, found, parsed=not split)
+        texts = [*_texts(reference, found, parsed=not split), *pieces]
         ids = _encode(found, texts, split=split, framed=False)
         if reference.encode is None:
             yield from _parting(texts, ids, _encode(again, texts, split=split, framed=False))

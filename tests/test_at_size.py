@@ -206,7 +206,9 @@ def test_a_fault_of_the_weights_is_named(meta, ours, fault):
     assert re.search(rf"FAILED +weights +{len(names)} of \d+ tensors differ", printed), printed
     assert all(name in printed for name in names)
     assert (
-        f"FAILED     computation    parts at {parts_at}" in printed if parts_at else "ok         computation" in printed
+        f"FAILED       computation    parts at {parts_at}" in printed
+        if parts_at
+        else "ok           computation" in printed
     )
 
 

@@ -425,6 +425,22 @@ def test_a_conversion_that_fails_its_proof_ends_with_the_code_of_another_source(
     assert not (tmp_path / "ours").exists()
 
 
+def test_tokens_that_were_added_beside_a_tokenizer_model_belong_to_the_proof(tmp_path):
+    source = stock(tmp_path / "stock", vocab=VOCAB + 2)
+    write_sentencepiece(source / "tokenizer.model")
+    change(source / "added_tokens.json", **{"<|im_end|>": VOCAB, "<|im_start|>": VOCAB + 1})
+    change(source / "tokenizer_config.json", eos_token="<|im_end|>", chat_template=CHATML)
+    convert(source, tmp_path / "ours")
+    # As by a converter that takes tokenizer.model alone.
+    for path in tmp_path.glob("ours/*token*"):
+        path.unlink()
+    convert_tokenizer(source / "tokenizer.model", tmp_path / "ours", vocab_size=VOCAB, context_length=256)
+    (tmp_path / "ours/chat_template.jinja").unlink(missing_ok=True)
+    checks = outcomes(source, tmp_path / "ours")
+    assert "the added token '<|im_start|>' is None, not 289" in checks["tokenizer"].found
+    assert {checks[name].outcome for name in ("tokenizer", "chat template")} == {"FAILED"}
+
+
 def test_the_proof_does_not_rest_on_the_converters_own_code_alone(tmp_path, monkeypatch):
     """A converter that drops what the source says is found out, though it would drop it again."""
     from conversion import convert as command
