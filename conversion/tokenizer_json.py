@@ -99,18 +99,26 @@ class JsonConversion:
         )
 
     def _vocabulary(self) -> dict[str, int]:
+        """Token -> id, with the added tokens."""
         try:
-            added, vocabulary = self.content.get("added_tokens") or [], self.content["model"]["vocab"]
+            vocabulary = self.content["model"]["vocab"]
             if not isinstance(vocabulary, dict):  # unigram: [piece, score]
                 vocabulary = {piece: index for index, (piece, _score) in enumerate(vocabulary)}
-            vocabulary = vocabulary | {token["content"]: token["id"] for token in added}
-            if not vocabulary or not all(type(index) is int for index in vocabulary.values()):
+            if not vocabulary:
                 raise ValueError
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.file}: not a Hugging Face tokenizer.json (no model.vocab). {NO_TOKENIZER}"
             ) from error
-        return vocabulary
+        try:
+            added = {token["content"]: token["id"] for token in self.content.get("added_tokens") or []}
+            if not all(type(index) is int for index in (*vocabulary.values(), *added.values())):
+                raise TypeError
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.file}: not a tokenizer that can be loaded (a token without text or id). {NO_TOKENIZER}"
+            ) from error
+        return {**vocabulary, **added}
 
     def _with_named_tokens(self, vocabulary: dict[str, int]) -> tuple[list[AddedToken], dict[str, int | None]]:
         """Return the added tokens and the special ids, after adding those that only the other files name."""

@@ -69,10 +69,18 @@ BUILT_IN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention", "pag
 
 
 def either_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """Return the cache under whichever of its two names it was given. Raises ValueError for both."""
-    if cache is not None and past_key_values is not None:
-        raise ValueError("give the key/value cache once: as `cache` or by its older name `past_key_values`")
-    return past_key_values if cache is None else cache
+    """Return the cache under whichever of its two names it was given.
+
+    Both may be given where one of them is empty: PEFT adds a prefix of its own beside the cache of `generate`.
+    Raises ValueError for two that are filled.
+    """
+    given = [each for each in (cache, past_key_values) if each is not None]
+    if len(given) == 2 and cache is not past_key_values:
+        filled = [each for each in given if each.get_seq_length() > 0]
+        if len(filled) == 2:
+            raise ValueError("give the key/value cache once: as `cache` or by its older name `past_key_values`")
+        given = filled or given
+    return given[0] if given else None
 
 
 def refuse_unknown(kwargs: dict, attn_implementation: str) -> None:

@@ -60,11 +60,27 @@ def test_output_has_the_cache_under_the_versions_name(model):
     assert getattr(output, CACHE).get_seq_length() == 80
 
 
-def test_two_caches_are_refused(model):
-    one, other = (DynamicCache(config=model.config) for _ in range(2))
+def filled_cache(model):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(random_tokens(model.config), cache=cache)
+    return cache
+
+
+def test_two_filled_caches_are_refused(model):
+    one, other = filled_cache(model), filled_cache(model)
     for each in (model, model.model):
         with pytest.raises(ValueError, match="past_key_values"):
             each(random_tokens(model.config), cache=one, past_key_values=other)
+
+
+@pytest.mark.parametrize("filled", NAMES)
+@torch.no_grad()
+def test_an_empty_cache_beside_a_filled_one_says_nothing(filled, model):
+    tokens = random_tokens(model.config)
+    both = {name: filled_cache(model) if name == filled else DynamicCache(config=model.config) for name in NAMES}
+    expected = model(tokens, cache=filled_cache(model)).logits
+    assert torch.equal(model(tokens, **both).logits, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

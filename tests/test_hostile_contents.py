@@ -214,7 +214,7 @@ def test_tokenizer_json_that_fails_at_a_text_is_refused(meta, refused, tokenizer
     refused(meta, "not a tokenizer that can be loaded", tokenizer=path)
 
 
-def test_code_of_a_tokenizer_is_not_run(tmp_path, meta, refused, tokenizer_folder, monkeypatch):
+def test_code_of_a_tokenizer_is_not_run(tmp_path, meta, tokenizer_folder, monkeypatch):
     """Nor is anybody asked whether it may be."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
     evidence = tmp_path / "evidence"
@@ -222,5 +222,9 @@ def test_code_of_a_tokenizer_is_not_run(tmp_path, meta, refused, tokenizer_folde
     path = tokenizer_folder / "tokenizer_config.json"
     hostile = {"auto_map": {"AutoTokenizer": ["hostile.Hostile", "hostile.Hostile"]}, "tokenizer_class": "Hostile"}
     path.write_text(json.dumps(json.loads(path.read_text()) | hostile))
-    refused(meta, "not a tokenizer that can be loaded", tokenizer=tokenizer_folder)
+    notes = convert(meta, tmp_path / "ours", tokenizer=tokenizer_folder).source.notes
     assert not evidence.exists()
+    assert "auto_map of tokenizer_config.json is left out: a tokenizer's own code is not run" in notes
+    written = json.loads((tmp_path / "ours/tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "auto_map" not in written
