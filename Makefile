@@ -130,4 +130,4 @@ build: $(INSTALLED)  ## wheel and sdist in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove what was built and converted, not the downloads
-	rm -rf .venv .venv-oldest .venv-newest .venv-peers .venv-vllm .venv-eval .venv-torchao build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-peers .venv-vllm .venv-eval .venv-torchao build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache hf_llama_repro/kernel/*.so
