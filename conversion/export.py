@@ -44,8 +44,9 @@ def export(
     from .manifest import Manifest
     from .source import open_source, promoted
     from .sums import summed
-    from .target import num_target_bytes, whole_or_nothing, write_json
+    from .target import check_target, num_target_bytes, whole_or_nothing, write_json
 
+    check_target(target, model, overwrite=overwrite)
     source = open_source(model, context_length=context_length)
     config = source.config
     _check_exportable(config, shards)

@@ -81,9 +81,10 @@ def merge(
 
     from .adapter import find_base, fit, open_adapter
     from .model_card import made_by, model_card
-    from .target import parse_size
+    from .target import check_target, parse_size
 
     max_shard_bytes = parse_size(max_shard_size)
+    check_target(target, adapter, overwrite=overwrite)
     with _quietly():
         opened = open_adapter(adapter)
         base = base or find_base(opened)

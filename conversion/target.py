@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from hf_llama_repro.errors import CheckpointError, failed_write
 from hf_llama_repro.mapped_pages import release_mapped_pages
+from hf_llama_repro.outputs import obstacle
 
 from .manifest import MANIFEST, Manifest, unfinished
 from .safetensors_file import SafetensorsWriter
@@ -50,7 +51,7 @@ def whole_or_nothing(
     target = target.absolute()
     partial, replaced = (target.parent / f".{target.name}.{state}" for state in ("partial", "replaced"))
     _bring_back(replaced, target)
-    _check_target(target, sources, overwrite=overwrite)
+    check_target(target, *sources, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(partial):
@@ -157,7 +158,10 @@ def _bring_back(replaced: Path, target: Path) -> None:
         replaced.rename(target)
 
 
-def _check_target(target: Path, sources: Iterable[Path], *, overwrite: bool) -> None:
+def check_target(target: Path, *sources: Path, overwrite: bool) -> None:
+    """Raises `CheckpointError` where the folder cannot be made under this name; for before a source is opened, too."""
+    if (reason := obstacle(target.parent)) is not None:
+        raise CheckpointError(f"{target} could not be written ({reason})")
     for source in sources:
         resolved, origin = target.resolve(), source.resolve()
         if resolved == origin or resolved in origin.parents or origin in resolved.parents:

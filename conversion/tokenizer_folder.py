@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hf_llama_repro.command import run
 from hf_llama_repro.errors import CheckpointError
+from hf_llama_repro.outputs import obstacle
 
 from .tokenizer import convert_tokenizer
 
@@ -18,6 +19,8 @@ def write_tokenizer(source: Path, target: Path, *, context_length: int) -> str:
     """Writes `target`, whole or not at all; one line for humans comes back. Raises `CheckpointError`."""
     if target.exists():
         raise CheckpointError(f"{target} exists: choose another name, or remove it")
+    if (reason := obstacle(target.parent)) is not None:
+        raise CheckpointError(f"{target} could not be written ({reason})")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.outputs import check_output_folder
 from hf_llama_repro.run_folder import RECIPE_FILE, open_run
 
 from .quiet import quiet
@@ -106,6 +107,7 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Path:
 
     if not recipe.output_dir:
         raise InputError("the recipe names no output_dir: add the key, or --output-dir PATH")
+    check_output_folder("output_dir", Path(recipe.output_dir))
     state = begin()
     recipe.accumulation(state.num_processes)
     check_engine(recipe)

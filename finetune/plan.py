@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import add_version, run
+from hf_llama_repro.command import ANSWER_IS_NO, DONE, add_version, run
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.outputs import check_output_file, write_output
 
 from .quiet import quiet
 from .recipe import RECIPES, Recipe, add_recipe_flags, load_recipe, make_recipe, overrides
@@ -365,9 +366,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_plan(arguments: argparse.Namespace) -> bool:
-    """Prints the plan and the cards. Whether it fits the card of --gpu."""
+def make_plan(arguments: argparse.Namespace) -> int:
+    """Prints the plan and the cards; the exit code says whether it fits the card of --gpu."""
     quiet()
+    check_output_file("--json", arguments.json)
     gpu = None if arguments.gpu is None else card_bytes(arguments.gpu)
     recipe, config = read_source(arguments.source, overrides(arguments))
     if arguments.fsdp < 1:
@@ -385,18 +387,14 @@ def make_plan(arguments: argparse.Namespace) -> bool:
     if arguments.json:
         content = {**dataclasses.asdict(planned), "peak": planned.peak, "reserve": RESERVE}
         content["cards"] = [{**dataclasses.asdict(item), "fits": item.fits} for item in fits]
-        try:
-            arguments.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--json {arguments.json} cannot be written: {error}") from None
-    return gpu is None or all(item.fits for item in fits if item.card == gpu)
+        write_output("--json", arguments.json, json.dumps(content, indent=2))
+    fitting = gpu is None or all(item.fits for item in fits if item.card == gpu)
+    return DONE if fitting else ANSWER_IS_NO
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    answers: list[bool] = []
-    code = run(lambda: answers.append(make_plan(arguments)))
-    return code or (0 if all(answers) else 1)
+    return run(lambda: make_plan(arguments))
 
 
 if __name__ == "__main__":

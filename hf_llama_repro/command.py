@@ -1,12 +1,21 @@
-"""How a command of this package ends: 0, or 2 with one message, never a traceback for what the user can mend."""
+"""How a command of this package ends: 0, or 2 with one message, never a traceback for what the user can mend.
+
+The exit codes mean the same in every command (docs/README.md lists them).
+"""
 
 import argparse
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from . import __version__
 from .errors import InputError
+
+DONE, ANSWER_IS_NO, BAD_INPUT, PARTIAL = range(4)
+OUR_FAULT = 70
+"""EX_SOFTWARE of sysexits.h; Python's own code for an exception is 1, which is an answer here."""
+INTERRUPTED = 130
 
 _MAX_MESSAGE = 5000
 """Characters; a damaged file may name something at any length."""
@@ -18,8 +27,9 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def run(work: Callable[[], object], *, interrupted: str = "nothing was written") -> int:
-    """The exit code of `work`: 0; 2 after an `InputError`, whose text is printed; 130 when it was interrupted.
+    """The exit code of `work`: the number that it returns, else `DONE`; after an `InputError`, the error's own.
 
+    The text of an `InputError` is printed. Any other exception is printed with its traceback, for a report.
     `interrupted`: what an interruption leaves, for the message.
     """
 
@@ -29,16 +39,20 @@ def run(work: Callable[[], object], *, interrupted: str = "nothing was written")
     # Ends like Ctrl-C, so that what is half-written is removed.
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        work()
+        code = work()
     except (InputError, PermissionError) as error:
         print(f"error: {_printable(str(error))}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", BAD_INPUT)
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        print("error: this is a fault of hf-llama-repro, not of the input: please report it", file=sys.stderr)
+        return OUR_FAULT
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
+    return code if isinstance(code, int) else DONE
 
 
 def _printable(text: str) -> str:

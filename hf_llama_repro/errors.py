@@ -6,12 +6,20 @@ import errno
 class InputError(ValueError):
     """Something handed in is not what it should be: says what, where, what is allowed, and the remedy.
 
-    Commands print its text as one message and exit with code 2; in Python it is raised as it is.
+    Commands print its text as one message and exit with `exit_code`; in Python it is raised as it is.
     """
+
+    exit_code = 2
 
 
 class CheckpointError(InputError):
     """What is wrong is a checkpoint: weights, configuration, tokenizer or adapter, read or about to be written."""
+
+
+class NotItsSourceError(CheckpointError):
+    """What was converted is not the source that it was made of."""
+
+    exit_code = 1
 
 
 class TrainingStoppedError(InputError):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hf_llama_repro import recipe_file
 from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.outputs import check_output_folder
 from hf_llama_repro.run_folder import open_run
 
 from .recipe import Recipe, add_recipe_flags, load_recipe
@@ -43,6 +44,8 @@ def pretrain(recipe: Recipe, *, resume: bool = False, stop_after: str = "") -> P
 
     if not recipe.output_dir:
         raise InputError("the recipe names no output_dir: add the key, or --output-dir PATH")
+    check_output_folder("output_dir", Path(recipe.output_dir))
+    check_output_folder("data_dir", recipe.data_path)
     model_config(recipe, recipe.vocab_size)
     accelerator = make_accelerator(recipe)
     recipe.accumulation(accelerator.num_processes)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..command import add_version, run
 from ..errors import InputError
+from ..outputs import check_output_folder
 
 DEFAULT_TASKS = "mmlu,hellaswag,triviaqa,nq_open"
 PACKAGES = ("hf-llama-repro", "lm-eval", "torch", "transformers", "datasets")
@@ -60,6 +61,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
     from .model import check_folder
 
+    check_output_folder("--output-dir", arguments.output_dir)
     check_folder(arguments.model)
     if arguments.adapter is not None and not (arguments.adapter / "adapter_config.json").is_file():
         raise InputError(f"{arguments.adapter} is no adapter: it has no adapter_config.json")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..command import run
 from ..errors import InputError
+from ..outputs import check_output_file, check_output_folder, write_output
 
 DEFAULT_GPUS = 2_048
 DEFAULT_UTILISATION = 0.47
@@ -44,6 +45,9 @@ def report(arguments: argparse.Namespace) -> None:
     from . import tables
     from .sizes import size
 
+    check_output_file("--json", arguments.json)
+    if arguments.page is not None:
+        check_output_folder("--page", arguments.page)
     of_a_size = {name: getattr(arguments, name) for name in ("context", "gpus", "utilisation", "price")}
     given = [f"--{name}" for name, value in of_a_size.items() if value is not None]
     if given and not arguments.sizes:
@@ -60,7 +64,7 @@ def report(arguments: argparse.Namespace) -> None:
         )
     print("\n\n".join(table.text() for table in shown or tables.every_table()))
     if arguments.json is not None:
-        _write(arguments.json, json.dumps(tables.content(), indent=2, ensure_ascii=False) + "\n")
+        write_output("--json", arguments.json, json.dumps(tables.content(), indent=2, ensure_ascii=False) + "\n")
     if arguments.page is not None:
         from .page import write_page
 
@@ -69,13 +73,6 @@ def report(arguments: argparse.Namespace) -> None:
         except OSError as error:
             raise InputError(f"--page {arguments.page} cannot be written: {error}") from None
         print(f"\nwrote {', '.join(str(path) for path in written)}")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--json {path} cannot be written: {error}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
