@@ -1,5 +1,7 @@
 """Texts on which the ids of a converted tokenizer are compared with those of its source."""
 
+from collections.abc import Iterable
+
 # Where converted tokenizers went wrong before; each is encoded by SentencePiece and by the new tokenizer.
 AWKWARD_TEXTS = (
     "",
@@ -36,3 +38,12 @@ AWKWARD_TEXTS = (
     "<0x0A> <0x00><0xFF>",
     "https://example.org/?q=%20&x=[1]#frag {'key': \\n}",
 )
+
+
+def control_texts(tokens: Iterable[str]) -> list[str]:
+    """Texts that spell control tokens and added tokens: alone, twice, inside a word, between spaces, at both ends."""
+    return [
+        text
+        for token in tokens
+        for text in (token, token * 2, f"a{token}b", f"a {token} b", f"{token}\n{token} ", f" {token}a")
+    ]

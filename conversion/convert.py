@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llama_repro.command import add_version, run
-from hf_llama_repro.errors import CheckpointError
+from hf_llama_repro.command import DONE, PARTIAL, add_version, run
+from hf_llama_repro.errors import CheckpointError, NotItsSourceError
 
 # torch and transformers are imported where they are used, so that --help answers at once.
 if TYPE_CHECKING:
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
     from hf_llama_repro import LlamaReproConfig
 
+    from .checks import Check
     from .source import Source
     from .target import Written
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 # Sampling that Meta recommends for the chat models (LLaMA 2 reference code); base models get none.
 CHAT_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+_VERIFIED = {"ok": "verified  ", "not compared": "not proved"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Conversion:
     """One line on the tokenizer."""
     weights: str
     """One line on whether the values are those of the source."""
-    checks: tuple[str, ...] = ()
-    """What was proved of the folder."""
+    checks: "tuple[Check, ...]" = ()
+    """What was proved of the folder, and what of it could not be compared."""
 
     def lines(self) -> list[str]:
         """What a person wants to know of it."""
@@ -52,13 +54,18 @@ class Conversion:
             *(f"decided    {note}" for note in self.source.notes),
             f"tokenizer  {self.tokenizer}",
             f"weights    {self.weights}",
-            *(f"verified   {check}" for check in self.checks),
+            *(f"{_VERIFIED[check.outcome]} {check.name}: {check.found}" for check in self.checks),
         ]
         if written.nonfinite:
             named = ", ".join(f"{name} ({count})" for name, count in list(written.nonfinite.items())[:5])
             lines.append(f"WARNING    NaN or infinite values in {len(written.nonfinite)} tensors: {named}")
         files = f"{len(written.files)} file{'s' if len(written.files) > 1 else ''}"
         return [*lines, f"written    {self.target}: {files}, {written.num_bytes / 1e9:.2f} GB of weights"]
+
+    @property
+    def exit_code(self) -> int:
+        """`PARTIAL` where a proof was asked for and something could not be compared."""
+        return PARTIAL if any(check.outcome != "ok" for check in self.checks) else DONE
 
 
 def dtype_line(written: "Written", config: "LlamaReproConfig") -> str:
@@ -102,15 +109,17 @@ def convert(
 
     from .model_card import made_by, model_card
     from .source import open_source
-    from .target import parse_size
+    from .target import check_target, parse_size
 
     if ollama and (model_type != "llama" or not with_tokenizer):
         raise CheckpointError(
             "--ollama writes a template for a folder that llama.cpp converts: it needs --as llama, and a tokenizer"
         )
     max_shard_bytes = parse_size(max_shard_size)
+    check_target(target, source, overwrite=overwrite)
     opened = open_source(source, context_length=context_length, chat=chat)
     opened = replace(opened, tokenizer=_choose_tokenizer(opened, source, tokenizer) if with_tokenizer else None)
+    opened = replace(opened, options=_options(opened, context_length))
     with new_folder(
         opened,
         target,
@@ -125,9 +134,10 @@ def convert(
         resume=resume,
         tell=tell,
     ) as (folder, conversion):
-        conversion = replace(conversion, checks=_verified(source, folder, tokenizer) if verify else ())
+        conversion = replace(conversion, checks=_verified(source, folder, tokenizer, opened) if verify else ())
+        checks = [f"{check.name}, {check.outcome}: {check.found}" for check in conversion.checks]
         made = f"Converted {made_by('hf-llama-convert')} from `{source.name}`: {opened.description}."
-        (folder / "README.md").write_text(model_card(conversion, made, model_type, conversion.checks), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(conversion, made, model_type, checks), encoding="utf-8")
     return conversion
 
 
@@ -139,16 +149,27 @@ def _choose_tokenizer(opened: "Source", source: Path, tokenizer: Path | None) ->
     return chosen
 
 
-def _verified(source: Path, folder: Path, tokenizer: Path | None) -> tuple[str, ...]:
-    from .verify import table, verify
+def _options(opened: "Source", context_length: int | None) -> dict[str, Any]:
+    """What was asked for, or decided, that the source's files do not hold; for the manifest."""
+    options: dict[str, Any] = {"tokenizer": opened.tokenizer is not None}
+    if context_length is not None:
+        options["context_length"] = context_length
+    if opened.token_ids_from_tokenizer:
+        options["chat"] = opened.chat
+    return options
 
-    checks = verify(source, folder, tokenizer=tokenizer)
-    if failed := [check for check in checks if not check.passed]:
-        raise CheckpointError(
-            f"what was written is not its source: {table(failed)}; this is a fault of hf-llama-convert, "
+
+def _verified(source: Path, folder: Path, tokenizer: Path | None, opened: "Source") -> "tuple[Check, ...]":
+    from .checks import failed, table
+    from .verify import verify
+
+    checks = verify(source, folder, tokenizer=tokenizer, options=opened.options)
+    if wrong := failed(checks):
+        raise NotItsSourceError(
+            f"what was written is not its source: {table(wrong)}; this is a fault of hf-llama-convert, "
             "not of the files: please report it"
         )
-    return tuple(f"{check.name}: {check.found}" for check in checks)
+    return tuple(checks)
 
 
 @contextlib.contextmanager
@@ -195,7 +216,7 @@ def new_folder(
     ):
         manifest = Manifest(folder, request)
         # The tokenizer first: it may be refused, and that is better known before hours of writing.
-        tokenizer_line = "none" if opened.tokenizer is None else _write_tokenizer(opened.tokenizer, folder, opened)
+        tokenizer_line, opened = write_beside_weights(opened, folder, model_type)
         if ollama:
             _write_modelfile(folder, opened)
         written = write_weights(
@@ -206,11 +227,20 @@ def new_folder(
             allow_nonfinite=allow_nonfinite,
             advance=sums.advance,
         )
-        _write_configuration(folder, config, model_type)
-        _write_generation_config(folder, opened)
         source_sums = sums.result()
         yield folder, Conversion(target, opened, config, written, tokenizer_line, dtype_line(written, config))
-        manifest.complete(source_sums)
+        manifest.complete(source_sums, opened.options)
+
+
+def write_beside_weights(opened: "Source", folder: Path, model_type: str) -> tuple[str, "Source"]:
+    """Tokenizer and configurations of a converted folder, which a proof writes again.
+
+    A line on the tokenizer comes back, and the source with what was decided.
+    """
+    line = "none" if opened.tokenizer is None else _write_tokenizer(opened.tokenizer, folder, opened)
+    _write_configuration(folder, opened.config, model_type)
+    _write_generation_config(folder, opened)
+    return line, opened
 
 
 def _read_files(opened: "Source") -> dict[Path, Any]:
@@ -308,7 +338,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-llama-convert",
         description="Make a folder that from_pretrained and pipeline open out of a LLaMA checkpoint.",
-        epilog="The target appears under its name only when it is whole. Exit code 2: the message says what to mend.",
+        epilog="The target appears under its name only when it is whole. Exit code 2: the message says what to mend. "
+        "With --verify, 1: what was written is not the source, and nothing is left of it; 3: written, proved in part.",
     )
     parser.add_argument("source", type=Path, help="Meta folder, Hugging Face Llama folder, or .gguf file")
     parser.add_argument("target", type=Path, nargs="?", help="folder to make")
@@ -365,8 +396,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.target is None:
         parser.error("the following arguments are required: target")
     del arguments.refresh_code
+
+    def work() -> int:
+        conversion = convert(**vars(arguments), tell=print)
+        print("\n".join(conversion.lines()))
+        return conversion.exit_code
+
     return run(
-        lambda: print("\n".join(convert(**vars(arguments), tell=print).lines())),
+        work,
         interrupted=f"{arguments.target} was not made; --resume goes on from the files that are finished",
     )
 

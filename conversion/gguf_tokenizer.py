@@ -42,7 +42,7 @@ def read_gguf_tokenizer(source: Path) -> tuple[str, TokenTable, Pipeline]:
 
     Raises CheckpointError where the file is damaged, has no tokenizer, or one of a kind that is not known here.
     """
-    metadata = _read_metadata(source)
+    metadata = read_gguf_metadata(source)
     model = metadata.get("tokenizer.ggml.model")
     if model not in ("llama", "gpt2"):
         found = "no tokenizer" if model is None else f"a tokenizer of the kind {model!r}"
@@ -63,7 +63,8 @@ def read_gguf_tokenizer(source: Path) -> tuple[str, TokenTable, Pipeline]:
     return f"byte-level BPE ({pre}) from GGUF", table, _byte_level_pipeline(table, metadata, pre, source)
 
 
-def _read_metadata(source: Path) -> dict[str, Any]:
+def read_gguf_metadata(source: Path) -> dict[str, Any]:
+    """What the file says of its tokenizer. Raises `CheckpointError` where it cannot be read."""
     try:
         from gguf import GGUFReader
     except ImportError as error:

@@ -33,14 +33,14 @@ class Manifest:
         if self.request is not None:
             self._write({"unfinished": {"request": self.request, "finished": self.finished}})
 
-    def complete(self, source: dict[str, Any]) -> None:
-        """The final manifest: sums of every file of the folder and of the source's."""
+    def complete(self, source: dict[str, Any], options: dict[str, Any] | None = None) -> None:
+        """The final manifest: sums of every file of the folder and of the source's, and how it was converted."""
         files = {}
         for path in sorted(self.path.parent.iterdir()):
             if path != self.path:
                 known = self.finished.get(path.name) or file_sums(path)
                 files[path.name] = {key: known[key] for key in ("bytes", "sha256")}
-        self._write({"source": source, "files": files})
+        self._write({"source": source, "options": options or {}, "files": files})
 
     def _write(self, content: dict[str, Any]) -> None:
         # In one go: a kill leaves the one or the other.
@@ -59,3 +59,24 @@ def unfinished(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["unfinished"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def recorded_options(folder: Path) -> dict[str, Any]:
+    """How a folder was converted, as far as its source does not tell; nothing where no manifest says it."""
+    kinds = {"context_length": int, "chat": bool, "tokenizer": bool}
+    options = _recorded(folder, "options")
+    return {name: options[name] for name, kind in kinds.items() if type(options.get(name)) is kind}
+
+
+def recorded_sha256(folder: Path, name: str) -> str | None:
+    """The checksum that a file of the folder had when it was written; None where no manifest says it."""
+    entry = _recorded(folder, "files").get(name)
+    return entry.get("sha256") if isinstance(entry, dict) else None
+
+
+def _recorded(folder: Path, key: str) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return content if isinstance(content, dict) else {}

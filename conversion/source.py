@@ -53,6 +53,8 @@ class Source:
     token_ids_from_tokenizer: bool = False
     """Whether the special ids of `config` are only defaults, so that the tokenizer's count."""
     generation_config: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+    """For the manifest: what was asked for at the conversion, or decided, that the files do not hold."""
     notes: tuple[str, ...] = ()
     """What was decided where the files leave a choice, and why."""
 

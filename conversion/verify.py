@@ -1,4 +1,4 @@
-"""Proves that a converted folder is its source: every weight, what the model computes, the tokenizer's ids.
+"""Proves that a converted folder is its source: weights, computation, configuration, tokenizer, chat template.
 
 python -m conversion.verify SOURCE TARGET
 """
@@ -8,12 +8,15 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llama_repro.command import add_version, run
 from hf_llama_repro.errors import CheckpointError
+from hf_llama_repro.outputs import check_output_file, write_output
+
+from .checks import Check, compared, ending, table
 
 # torch and transformers are imported where they are used, so that --help answers at once.
 if TYPE_CHECKING:
@@ -28,18 +31,6 @@ NUM_TOKENS = 256
 MAX_HIDDEN, MAX_KL, MIN_TOP_1 = 1e-3, 1e-5, 0.99
 _ROWS = 1024
 """Rows of a matrix compared together."""
-_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at."""
-
-    name: str
-    passed: bool
-    found: str
-    """For people: what was compared, and where it parts."""
-    figures: dict[str, Any] = field(default_factory=dict)
 
 
 def verify(
@@ -49,35 +40,88 @@ def verify(
     tokenizer: Path | None = None,
     num_tokens: int = NUM_TOKENS,
     layers: int | None = None,
+    context_length: int | None = None,
+    options: dict[str, Any] | None = None,
 ) -> list[Check]:
     """Compares a converted folder with what it was made of, in the memory of one layer.
 
-    Of a Meta folder: the configuration, every weight, the hidden states and logits of `num_tokens` random tokens after
-    each of the first `layers` layers (None: all) by an implementation of its own, the tokenizer. Of another source:
-    the weights and the tokenizer. Raises `CheckpointError` for folders that cannot be read at all.
+    Everything that is written, with the source's own files and with what the converter makes of them now; of a Meta
+    folder also the hidden states and logits of `num_tokens` random tokens after each of the first `layers` layers
+    (None: all), by an implementation of its own. `tokenizer` and `context_length` (tokens): as they were given at the
+    conversion. `options`: what the folder's manifest records of it (None: is read from there).
+    Raises `CheckpointError` for folders that cannot be read at all.
     """
     from hf_llama_repro.mapped_pages import release_mapped_pages
 
     from .hugging_face import open_hugging_face
     from .reference import MetaReference
-    from .source import open_source
+    from .verify_files import load_config, open_with_options, options_of, samples
 
-    is_meta = (source / "params.json").is_file()
-    # The context is not compared, and may not be told by the files.
-    opened = open_source(source, context_length=1 if is_meta else None)
     written = open_hugging_face(target)
-    checks = []
-    if is_meta:
-        reference = MetaReference(source, _cast(opened, written))
-        checks.append(_configuration(reference, written))
-    checks.append(_weights(opened, written, reference if is_meta else None))
-    if is_meta and checks[0].figures["shapes_fit"]:
+    options = options_of(target, source, context_length) if options is None else options
+    opened, unknown_context = open_with_options(source, options)
+    opened = replace(opened, tokenizer=tokenizer or opened.tokenizer)
+    cast = _cast(opened, written)
+    reference = MetaReference(source, cast) if (source / "params.json").is_file() else None
+    expected = opened.config.max_position_embeddings
+    found = load_config(target).max_position_embeddings
+    if unknown_context is not None:
+        opened.config.max_position_embeddings = found
+    # Where nothing records it, the folder tells whether it was made for chat, and the source's name may contradict.
+    by_name, chat = opened.chat, options.get("chat", samples(target) if reference is not None else opened.chat)
+    opened = replace(opened, chat=chat)
+    checks, fits = _beside_weights(source, target, opened, options, reference, cast)
+    if chat != by_name and "chat" not in options:
+        checks = [_doubted(check, chat) for check in checks]
+    checks.insert(1, _context(found, expected, options, opened, unknown_context))
+    checks.append(_weights(opened, written, reference))
+    if reference is not None and fits:
         checks.append(_computed(reference, written, target, num_tokens, layers))
-    elif is_meta:
-        checks.append(Check("computation", False, "not run: the configuration asks for other shapes"))
-    checks.append(_tokenizer(tokenizer or opened.tokenizer, target))
+    elif reference is not None:
+        checks.append(Check("computation", "FAILED", "not run: the configuration asks for other shapes"))
     release_mapped_pages([*opened.files, *written.files])
     return checks
+
+
+def _beside_weights(
+    source: Path,
+    target: Path,
+    opened: "Source",
+    options: dict[str, Any],
+    reference: "MetaReference | None",
+    cast: "torch.dtype | None",
+) -> tuple[list[Check], bool]:
+    """The checks of all files but those of weights, and whether the shapes of the weights can be the source's."""
+    from .hugging_face import read_json
+    from .verify_files import (
+        compare_code,
+        compare_configuration,
+        compare_generation,
+        compare_special_ids,
+        load_config,
+        written_again,
+    )
+
+    has_tokenizer = (target / "tokenizer.json").is_file()
+    dtypes = {opened.config.dtype, *([] if cast is None else [cast])}
+    tokenizer = opened.tokenizer
+    opened = replace(opened, tokenizer=tokenizer if has_tokenizer else None)
+    with written_again(opened, target) as again:
+        shapes = {} if reference is None else _shapes(reference)
+        checks = [
+            compare_configuration(source, load_config(target), load_config(again), shapes, dtypes),
+            compare_generation(target, again),
+        ]
+        if has_tokenizer and tokenizer is not None:
+            checks += _tokenizer_of(tokenizer, source, target, again, opened)
+        elif has_tokenizer:
+            why = "the source has no tokenizer: name the one that was used by --tokenizer"
+            checks += [Check(name, "not compared", why) for name in ("special ids", "tokenizer", "chat template")]
+        else:
+            checks += [compare_special_ids(target, again, source), _without_tokenizer(tokenizer, options)]
+    if read_json(target / "config.json").get("model_type") == "llama_repro":
+        checks.append(compare_code(target))
+    return checks, checks[0].figures["shapes_fit"]
 
 
 def _cast(source: "Source", target: "Source") -> "torch.dtype | None":
@@ -86,10 +130,30 @@ def _cast(source: "Source", target: "Source") -> "torch.dtype | None":
     return dtypes.pop() if len(dtypes) == 1 and dtypes != {t.dtype for t in source.tensors.values()} else None
 
 
-def _configuration(reference: "MetaReference", target: "Source") -> Check:
-    config = target.config
+def _doubted(check: Check, chat: bool) -> Check:
+    """What hangs on the decision for chat, where the folder has another than the source's name tells."""
+    if check.outcome != "ok" or check.name not in ("generation", "chat template"):
+        return check
+    kind = "a chat model" if chat else "a base model"
+    return replace(check, outcome="not compared", found=f"as for {kind}, which the files of the source do not tell")
+
+
+def _context(
+    found: int, expected: int, options: dict[str, Any], opened: "Source", unknown: CheckpointError | None
+) -> Check:
+    if unknown is not None:
+        return Check("context", "not compared", f"{found} tokens, and {unknown}")
+    why = next((note for note in opened.notes if note.startswith("context of ")), "the source says so")
+    if "context_length" not in options and found != expected and "context of" in why:
+        why += f"; if another was asked for at the conversion, say --context-length {found}"
+    differences = [] if found == expected else [f"{found} tokens, not {expected}: {why}"]
+    return compared("context", differences, f"{found} tokens: {why}", {"context_length": found})
+
+
+def _shapes(reference: "MetaReference") -> dict[str, Any]:
+    """The configuration that a Meta folder's files have, as the reference reads them."""
     q, gate = (reference.pieces(f"layers.0.{name}") for name in ("attention.wq", "feed_forward.w1"))
-    expected = {
+    return {
         "vocab_size": reference.vocab_size,
         "hidden_size": q[0].shape[1],
         "intermediate_size": sum(len(piece) for piece in gate),
@@ -100,14 +164,6 @@ def _configuration(reference: "MetaReference", target: "Source") -> Check:
         "rms_norm_eps": reference.eps,
         "rope_theta": reference.theta,
     }
-    differing = {name: getattr(config, name) for name, value in expected.items() if getattr(config, name) != value}
-    told = ", ".join(f"{name} is {value}, not {expected[name]}" for name, value in differing.items())
-    return Check(
-        "configuration",
-        not differing,
-        told or f"{len(expected)} values are those of params.json",
-        {"differing": differing, "shapes_fit": not differing.keys() - {"rms_norm_eps", "rope_theta"}},
-    )
 
 
 def _weights(source: "Source", target: "Source", reference: "MetaReference | None") -> Check:
@@ -143,14 +199,12 @@ def _weights(source: "Source", target: "Source", reference: "MetaReference | Non
             release_mapped_pages([*source.files, *target.files])
             progress.update(written.nbytes)
     cast = f", after the cast of {num_cast:,} to {str(target.config.dtype).removeprefix('torch.')}" if num_cast else ""
-    told = ", ".join(f"{name} ({count:,})" for name, count in list(differing.items())[:_SHOWN])
-    return Check(
+    return compared(
         "weights",
-        not differing,
-        f"{len(differing)} of {len(names)} tensors differ (values): {told}"
-        if differing
-        else f"{num_values:,} values in {len(names)} tensors are bit for bit the source's{cast}",
+        [f"{name} ({count:,})" for name, count in differing.items()],
+        f"{num_values:,} values in {len(names)} tensors are bit for bit the source's{cast}",
         {"values": num_values, "cast": num_cast, "differing": differing},
+        heading=f"{len(differing)} of {len(names)} tensors differ (values): ",
     )
 
 
@@ -221,7 +275,7 @@ def _computed(reference: "MetaReference", target: "Source", folder: Path, num_to
     )
     if logits["tokens_compared"] < num_tokens:
         told += f"; {num_tokens - logits['tokens_compared']} tokens have no finite logits in the source either"
-    return Check("computation", first is None, told if first is None else f"parts at {first}; {told}", figures)
+    return compared("computation", [] if first is None else [f"parts at {first}", told], told, figures)
 
 
 def _relative(found: "torch.Tensor", expected: "torch.Tensor") -> float:
@@ -298,61 +352,45 @@ def _fill(module: Any, prefix: str, tensors: "dict[str, StoredTensor]") -> None:
     module.load_state_dict(content, assign=True)
 
 
-def _tokenizer(source: Path | None, target: Path) -> Check:
-    from .awkward_texts import AWKWARD_TEXTS
+def _tokenizer_of(tokenizer: Path, source: Path, target: Path, again: Path, opened: "Source") -> list[Check]:
+    """Checks of special ids, tokenizer and chat template. `again`: the folder with the tokenizer made once more."""
     from .tokenizer import load_tokenizer
+    from .tokenizer_reference import references
+    from .verify_files import compare_special_ids
+    from .verify_tokenizer import compare_template, compare_tokenizer
 
-    if not (target / "tokenizer.json").is_file():
-        return Check("tokenizer", True, "the folder has none, there is nothing to compare")
-    if source is None:
-        return Check("tokenizer", False, "the source has none to compare with: name one by --tokenizer")
-    tokenizer = load_tokenizer(target, target)
-    expected = _source_ids(source, tokenizer)
-    if expected is None:
-        return Check("tokenizer", True, f"{source} is not compared: neither SentencePiece nor Hugging Face")
-    differing = [text for text, ids in zip(AWKWARD_TEXTS, expected, strict=True) if tokenizer(text).input_ids != ids]
-    told = (
-        f"{len(differing)} of {len(AWKWARD_TEXTS)} texts have other ids, the first {differing[0][:60]!r}"
-        if differing
-        else (f"ids of {len(AWKWARD_TEXTS)} awkward texts are the source's")
-    )
-    return Check("tokenizer", not differing, told, {"texts": len(AWKWARD_TEXTS), "differing": differing})
+    found, expected = load_tokenizer(target, target), load_tokenizer(again, tokenizer)
+    said = references(tokenizer)[0]
+    return [
+        compare_special_ids(target, again, source, (found, expected), said.special),
+        compare_tokenizer(tokenizer, found, expected),
+        compare_template(said.templates, found.chat_template, expected.chat_template, chat=opened.chat),
+    ]
 
 
-def _source_ids(source: Path, tokenizer: Any) -> list[list[int]] | None:
-    """Ids of the awkward texts, with the special tokens that the target puts around every text."""
-    from tokenizers import Tokenizer
-
-    from .awkward_texts import AWKWARD_TEXTS
-
-    if source.suffix == ".model":
-        from sentencepiece import SentencePieceProcessor
-
-        processor = SentencePieceProcessor(model_file=str(source))
-        return [[processor.bos_id(), *ids] for ids in processor.encode(list(AWKWARD_TEXTS))]
-    file = source / "tokenizer.json" if source.is_dir() else source
-    if file.name != "tokenizer.json" or not file.is_file():
-        return None
-    raw = Tokenizer.from_file(str(file))
-    raw.encode_special_tokens = tokenizer.split_special_tokens
-    return [raw.encode(text).ids for text in AWKWARD_TEXTS]
-
-
-def table(checks: list[Check]) -> str:
-    return "\n".join(f"{'ok' if check.passed else 'FAILED':10} {check.name:14} {check.found}" for check in checks)
+def _without_tokenizer(tokenizer: Path | None, options: dict[str, Any]) -> Check:
+    if tokenizer is None:
+        return Check("tokenizer", "ok", "none, as in the source")
+    if options.get("tokenizer") is False:
+        return Check("tokenizer", "ok", "none, as was asked for at the conversion")
+    return Check("tokenizer", "not compared", f"the folder has none, the source has {tokenizer}")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-llama-verify",
-        description="Prove that a converted folder is its source: weights, computation, tokenizer.",
-        epilog="Exit code 0: it is; 1: it is not, and the table says where; 2: something cannot be read.",
+        description="Prove that a converted folder is its source: weights, computation, configuration, tokenizer.",
+        epilog="Exit code 0: it is; 1: it is not, and the table says where; 2: something cannot be read; "
+        "3: what was compared is, but something could not be compared.",
     )
     parser.add_argument("source", type=Path, help="Meta folder, Hugging Face Llama folder, or .gguf file")
     parser.add_argument("target", type=Path, help="folder that was made of it")
     parser.add_argument("--tokens", dest="num_tokens", type=int, default=NUM_TOKENS, metavar="N", help="to run (256)")
     parser.add_argument("--layers", type=int, metavar="N", help="to run (all)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model that was used")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer that was used")
+    parser.add_argument(
+        "--context-length", type=int, metavar="TOKENS", help="as given at the conversion, if the folder does not say"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     add_version(parser)
     return parser
@@ -361,19 +399,20 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = vars(build_parser().parse_args(argv))
     json_file = arguments.pop("json")
-    failed: list[Check] = []
 
-    def work() -> None:
-        for name in ("num_tokens", "layers"):
+    def work() -> int:
+        for name, flag in (("num_tokens", "tokens"), ("layers", "layers"), ("context_length", "context-length")):
             if arguments[name] is not None and arguments[name] < 1:
-                raise CheckpointError(f"--{name.removeprefix('num_')} {arguments[name]}: at least 1")
+                raise CheckpointError(f"--{flag} {arguments[name]}: at least 1")
+        check_output_file("--json", json_file)
         checks = verify(**arguments)
-        print(table(checks))
-        if json_file:
-            json_file.write_text(json.dumps([asdict(check) for check in checks], indent=2) + "\n", encoding="utf-8")
-        failed.extend(check for check in checks if not check.passed)
+        line, code = ending(checks)
+        print(table(checks), line, sep="\n")
+        if json_file is not None:
+            write_output("--json", json_file, json.dumps([asdict(check) for check in checks], indent=2) + "\n")
+        return code
 
-    return run(work, interrupted="nothing was found out") or int(bool(failed))
+    return run(work, interrupted="nothing was found out")
 
 
 if __name__ == "__main__":
