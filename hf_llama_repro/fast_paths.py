@@ -8,6 +8,7 @@ cache is replaced, and whatever watches or transforms PyTorch's operations sees 
 import functools
 import weakref
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -217,76 +218,89 @@ def _each_request(
 
 
 class KVBuffer:
-    """Memory for keys and values of one cache layer, (batch, kv_heads, capacity, head_dim) each.
+    """Memory for keys and values of cache layers of one length, (batch, kv_heads, capacity, head_dim) each.
 
-    The layer holds views of what is filled. What was handed out is never written to again: after a crop or a reorder,
-    or in a copy of the layer, its tensors are not those that were handed out last, and the next token finds no room.
+    The layers hold views of what is filled. What was handed out is never written to again: after a crop or a reorder,
+    or in a copy of a layer, its tensors are not those that were handed out last, and the next token finds no room.
     """
 
-    def __init__(self, layer: DynamicLayer, past: int, shape: Sequence[int], like: torch.Tensor):
+    def __init__(self, layers: Sequence[DynamicLayer], past: int, shape: Sequence[int], like: torch.Tensor):
         batch, kv_heads, seq, head_dim = shape
         # An eighth more: of the memory, and of the copying that a token costs, little either way.
         self.capacity = past + seq + min(max((past + seq) // 8, 16), 256)
-        self.keys, self.values = (like.new_empty(batch, kv_heads, self.capacity, head_dim) for _ in range(2))
-        # Tensors made in inference mode may not be written to outside of it.
-        self.kind = (batch, kv_heads, head_dim, like.dtype, self.keys.is_inference())
-        self.pointers = (self.keys.data_ptr(), self.values.data_ptr())
-        if not layer.is_initialized:
-            layer.lazy_initialization(like, like)
-        elif past:
-            self.keys[:, :, :past], self.values[:, :, :past] = layer.keys, layer.values
-        self.handed_out: tuple[Any, Any] = (layer.keys, layer.values)
         self.length = past
+        self.layers = [*map(weakref.ref, layers)]
+        self.tensors: list[torch.Tensor] = []  # keys and values in turn
+        for layer in layers:
+            if not layer.is_initialized:
+                layer.lazy_initialization(like, like)
+            for old in (layer.keys, layer.values):
+                self.tensors.append(like.new_empty(batch, kv_heads, self.capacity, head_dim))
+                if past:
+                    self.tensors[-1][:, :, :past] = old
+            self._hand_out([layer], self.tensors[-2:])  # the old ones are released one by one
+        # Tensors made in inference mode may not be written to outside of it.
+        self.kind = (batch, kv_heads, head_dim, like.dtype, self.tensors[0].is_inference())
+        self.handed_out = _tensors_of(layers)
+        self.pointers = [*map(torch.Tensor.data_ptr, self.tensors)]
 
-    def continues(self, layer: DynamicLayer, seq: int, kind: tuple) -> bool:
-        """Return whether the layer has room for so many tokens in here."""
-        keys, values = self.handed_out
+    def continues(self, layers: Sequence[DynamicLayer], seq: int, kind: tuple) -> bool:
+        """Return whether these layers have room for so many tokens in here."""
+        tensors = _tensors_of(layers)
         return (
-            keys is layer.keys
-            and values is layer.values
-            and self.length + seq <= self.capacity
+            self.length + seq <= self.capacity
             and self.kind == kind
-            and (keys.data_ptr(), values.data_ptr()) == self.pointers
+            and [layer() for layer in self.layers] == [*layers]
+            and all(map(is_, tensors, self.handed_out))
+            and [*map(torch.Tensor.data_ptr, tensors)] == self.pointers
         )
 
-    def extend(self, layer: DynamicLayer, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lengthen the layer's keys and values by so many tokens, to be filled in by the caller; return both."""
+    def extend(self, layers: Sequence[DynamicLayer], seq: int) -> None:
+        """Lengthen the layers' keys and values by so many tokens, to be filled in by the caller."""
         self.length += seq
-        keys, values = self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
-        self.handed_out = layer.keys, layer.values = keys, values
-        return keys, values
+        self.handed_out = self._hand_out(layers, self.tensors)
+
+    def _hand_out(self, layers: Sequence[DynamicLayer], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        batch, kv_heads, _, head_dim = tensors[0].shape
+        shape, strides = (batch, kv_heads, self.length, head_dim), tensors[0].stride()
+        views = [tensor.as_strided(shape, strides) for tensor in tensors]  # half of what a slice costs
+        for layer, keys, values in zip(layers, views[::2], views[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+        return views
+
+
+def _tensors_of(layers: Sequence[DynamicLayer]) -> list[torch.Tensor]:
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 _BUFFERS: "weakref.WeakKeyDictionary[DynamicLayer, KVBuffer]" = weakref.WeakKeyDictionary()
-"""Beside the layers and not in them: a cache is the user's, who may copy it, compare it and save it."""
+"""Of the first of its layers. Beside them and not in them: a cache is the user's, who may copy it and save it."""
 
 
-def buffers_of(layers: Sequence[DynamicLayer], past: int, shape: Sequence[int], like: torch.Tensor) -> list[KVBuffer]:
+def buffer_of(layers: Sequence[DynamicLayer], past: int, shape: Sequence[int], like: torch.Tensor) -> KVBuffer | None:
     """Return memory in which layers of `past` tokens have room for (batch, kv_heads, seq, head_dim) more.
 
-    All of one capacity; `like` has the dtype and the device.
+    `like` has the dtype and the device. None where the layers hold something else.
     """
     batch, kv_heads, seq, head_dim = shape
     kind = (batch, kv_heads, head_dim, like.dtype, torch.is_inference_mode_enabled())
-    buffers = [_BUFFERS.get(layer) for layer in layers]
-    capacity = buffers[0].capacity if buffers[0] is not None else 0
-    for layer, buffer in zip(layers, buffers, strict=True):
-        if buffer is None or buffer.capacity != capacity or not buffer.continues(layer, seq, kind):
-            break
-    else:
-        return buffers  # type: ignore[return-value]
-    del buffer, buffers  # released one by one, before more is asked for
-    for layer in layers:
-        _BUFFERS.pop(layer, None)
-        _BUFFERS[layer] = KVBuffer(layer, past, shape, like)
-    return [_BUFFERS[layer] for layer in layers]
+    buffer = _BUFFERS.get(layers[0])
+    if buffer is None or buffer.length != past or not buffer.continues(layers, seq, kind):
+        if any(layer.get_seq_length() != past for layer in layers):
+            return None
+        if past and {(*layer.keys.shape[:2], layer.keys.dtype) for layer in layers} != {(batch, kv_heads, like.dtype)}:
+            return None
+        buffer = None
+        _BUFFERS.pop(layers[0], None)  # released before more is asked for
+        buffer = _BUFFERS[layers[0]] = KVBuffer(layers, past, shape, like)
+    return buffer
 
 
 CACHE_UPDATE, LAYER_UPDATE = DynamicCache.update, DynamicLayer.update
 
 
-def layers_of(cache: Any, count: int) -> list[DynamicLayer] | None:
-    """Return the first layers of a cache that is transformers' own `DynamicCache`, as it was made; else None."""
+def layers_of(cache: Any, count: int, first: int = 0) -> list[DynamicLayer] | None:
+    """Return the layers `first` to `count` of transformers' own `DynamicCache`, all as they were made; else None."""
     if (
         type(cache) is not DynamicCache
         or cache.offloading
@@ -297,12 +311,9 @@ def layers_of(cache: Any, count: int) -> list[DynamicLayer] | None:
         return None
     if len(cache.layers) < count and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.extend(DynamicLayer() for _ in range(count - len(cache.layers)))
-    return cache.layers if len(cache.layers) >= count else None
-
-
-def is_ordinary(layer: Any) -> bool:
-    """Return whether this is transformers' own `DynamicLayer`, as it was made."""
-    return type(layer) is DynamicLayer and "update" not in layer.__dict__
+    layers = cache.layers[first:count]
+    own = [type(layer) is DynamicLayer and "update" not in layer.__dict__ for layer in layers]
+    return layers if len(layers) == count - first and all(own) else None
 
 
 def append(
@@ -315,17 +326,20 @@ def append(
     # What autograd has saved may not change.
     if torch.is_grad_enabled() or is_watched() or not _plain(key, value):
         return None
-    layers = layers_of(cache, layer_idx + 1)
-    if layers is None or not is_ordinary(layers[layer_idx]):
+    layers = layers_of(cache, layer_idx + 1, first=layer_idx)
+    if layers is None:
         return None
-    layer = layers[layer_idx]
+    (layer,) = layers
     past = layer.get_seq_length()
     if not past:  # a prompt, after which no token may follow
         layer.lazy_initialization(key, value)
         layer.keys, layer.values = key, value
         return key, value
-    (buffer,) = buffers_of([layer], past, key.shape, key)
-    keys, values = buffer.extend(layer, key.shape[2])
+    buffer = buffer_of(layers, past, key.shape, key)
+    if buffer is None:
+        return None
+    buffer.extend(layers, key.shape[2])
+    keys, values = layer.keys, layer.values
     keys[:, :, past:], values[:, :, past:] = key, value
     return keys, values
 

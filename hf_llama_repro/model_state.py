@@ -1,12 +1,12 @@
 """What the compiled forward pass relies on in a model: checked before it is packed, and compared on every call."""
 
 import ctypes
-from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -110,15 +110,18 @@ def refuse_other_shapes(model: Any) -> None:
 
 
 def refuse_what_watches(model: nn.Module) -> None:
-    """Raise InputError for hooks, and for an attention function of the user's: the compiled code calls neither."""
+    """Raise InputError for hooks, an attention function of the user's, and outputs: the compiled code has none."""
     for name, module in list(model.named_modules())[1:]:
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         # transformers' own wait for the ordinary path.
         foreign = [hook for hook in hooks if getattr(hook, "__module__", None) != "transformers.utils.output_capturing"]
         if foreign or not vars(module).keys().isdisjoint(("forward", "_compiled_call_impl")):
             raise InputError(f"{name} has hooks or a forward of its own")
+    config: Any = model.config
     if not _attention(model)[2]:
-        raise InputError(f"the attention is {model.config._attn_implementation}")
+        raise InputError(f"the attention is {config._attn_implementation}")
+    if config.output_attentions or config.output_hidden_states or not config.return_dict:
+        raise InputError("the config asks for attention weights, for hidden states or for a tuple")
 
 
 def _attention(model: Any) -> tuple[str, Any, bool]:
@@ -171,20 +174,24 @@ def version_of(tensor: torch.Tensor) -> int:
 class ModelState:
     """Everything that decides what the ordinary pass computes, as it was; `is_current` compares it with what is.
 
-    Flat lists, which the interpreter compares in C: a few hundred modules take under a hundred microseconds.
+    Flat lists, which the interpreter walks in C; each object is touched once, because after a step, which reads all
+    weights, none of them is in the processor's cache.
     """
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model, self.config = model, model.config
+        self.settings, self.settings_then = vars(model.config), dict(vars(model.config))
+        self.attention = _attention(model)
         self.modules = list(model.modules())
         self.types = [*map(type, self.modules)]
         inner = self.modules[1:]  # the model's own hooks are called around its `forward`
         self.children = [module._modules for module in self.modules if module._modules]
-        self.children_then = [dict(children) for children in self.children]
-        hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self.no_hooks = [each for each in hooks if not each]
-        self.hooks = [each for each in hooks if each]
-        self.hooks_then = [dict(each) for each in self.hooks]
+        self.children_then = [child for children in self.children for child in children.values()]
+        self.hooks = [
+            hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks) if hooks
+        ]
+        self.num_hooks = [*map(len, self.hooks)]
+        self.last_handle = RemovableHandle.next_id  # counts the hooks of the process
         self.attributes = [*map(vars, inner)]  # a `forward` of an instance is one attribute more
         self.sizes = [*map(len, self.attributes)]
         self.read = [
@@ -192,20 +199,23 @@ class ModelState:
         ]
         self.read_then = self._read()
         self.named = [module._parameters for module in self.modules if module._parameters]
-        self.parameters = [*chain.from_iterable(map(dict.values, self.named))]
-        self.tensors = [parameter for parameter in self.parameters if parameter is not None]
+        self.parameters = [each for parameters in self.named for each in parameters.values()]
+        self.tensors = [each for each in self.parameters if each is not None]
         self.matrices = [tensor for tensor in self.tensors if tensor.dim() > 1]
         self.pointers = [*map(torch.Tensor.data_ptr, self.tensors)]
         self.numels = [*map(torch.Tensor.numel, self.tensors)]
         self.is_contiguous = all(map(torch.Tensor.is_contiguous, self.matrices))
 
     def is_current(self) -> bool:
-        parameters = [*chain.from_iterable(map(dict.values, self.named))]
+        parameters = [each for parameters in self.named for each in parameters.values()]
         return (
-            [*map(type, self.modules)] == self.types
-            and self.children == self.children_then
-            and not any(self.no_hooks)
-            and self.hooks == self.hooks_then
+            RemovableHandle.next_id == self.last_handle
+            and self.model.config is self.config
+            and self.settings == self.settings_then
+            and ALL_ATTENTION_FUNCTIONS.get(self.attention[0]) is self.attention[1]
+            and [*map(len, self.hooks)] == self.num_hooks
+            and [*map(type, self.modules)] == self.types
+            and [child for children in self.children for child in children.values()] == self.children_then
             and [*map(len, self.attributes)] == self.sizes
             and len(parameters) == len(self.parameters)
             and all(map(is_, parameters, self.parameters))
@@ -216,10 +226,7 @@ class ModelState:
         )
 
     def _read(self) -> list[Any]:
-        config: Any = self.model.config
         return [
             *([*map(get, attributes)] for get, attributes in self.read),
             [(kind.forward, kind.__call__) for kind in CLASSES],
-            _attention(self.model),
-            config.num_hidden_layers,
         ]

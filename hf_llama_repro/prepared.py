@@ -21,14 +21,13 @@ from transformers.utils import logging
 
 from . import cpu_kernel
 from .errors import InputError
-from .fast_paths import buffers_of, is_ordinary, layers_of, must_run_eagerly
+from .fast_paths import KVBuffer, buffer_of, layers_of, must_run_eagerly
 from .model_state import (
     Int8Weight,
     ModelState,
     refuse_other_shapes,
     refuse_unknown_modules,
     refuse_what_watches,
-    version_of,
 )
 from .modeling_llama_repro import CACHE, LlamaReproForCausalLM, either_cache
 
@@ -165,34 +164,39 @@ class Prepared:
         if (
             must_run_eagerly()
             or nn_module._has_any_global_hook()
-            or not isinstance(given, torch.Tensor)
+            or type(given) not in (torch.Tensor, nn.Parameter)
             or (input_ids is not None and inputs_embeds is not None)
+            or given.dim() != (2 if inputs_embeds is None else 3)
             or not 0 < given.shape[0] * given.shape[1] <= cpu_kernel.most_tokens()
             or not isinstance(logits_to_keep, int)
-            or model.config.output_attentions
-            or model.config.output_hidden_states
-            or not model.config.return_dict
-            or not all(name in WITHOUT_EFFECT and value in WITHOUT_EFFECT[name] for name, value in others.items())
+            or logits_to_keep < 0
+            or not all(any(value is each for each in WITHOUT_EFFECT.get(name, ())) for name, value in others.items())
         ):
             return None
         cache = either_cache(cache, past_key_values)
         if cache is None and (model.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=model.config)
         layers = layers_of(cache, model.config.num_hidden_layers)
-        if layers is None or not all(map(is_ordinary, layers)):
+        if not layers:
             return None
         past, (batch, seq) = layers[0].get_seq_length(), given.shape[:2]
         if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + seq):
             return None
         if position_ids is not None and tuple(position_ids.shape) not in ((1, seq), (batch, seq)):
             return None
-        if any(layer.get_seq_length() != past for layer in layers) or not self._is_packed(past > 0):
+        if not self._is_packed(past > 0):
             return None
+        assert self._struct is not None
         embeddings = model.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if embeddings.dtype != model.model.norm.weight.dtype:
+        if embeddings.dtype != model.model.norm.weight.dtype or embeddings.shape[2] != self._struct.hidden:
             return None
         kept = min(logits_to_keep or seq, seq)
-        logits = self._run(embeddings, attention_mask, position_ids, layers, past, kept)
+        shape = (batch, self._struct.kv_heads, seq, self._struct.head_dim)
+        buffer = buffer_of(layers, past, shape, embeddings)
+        if buffer is None:
+            return None
+        buffer.extend(layers, seq)
+        logits = self._run(embeddings, attention_mask, position_ids, buffer, kept)
         named: dict[str, Any] = {CACHE: cache}
         return CausalLMOutputWithPast(logits=logits, **named)
 
@@ -201,14 +205,14 @@ class Prepared:
         embeddings: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        layers: list[Any],
-        past: int,
+        buffer: KVBuffer,
         kept: int,
     ) -> torch.Tensor:
-        """Return the logits (batch, kept, vocab_size); keys and values are appended to the cache."""
+        """Return the logits (batch, kept, vocab_size); keys and values are written to the end of the buffer."""
         model, struct = self.model, self._struct
         assert struct is not None
         batch, seq, _ = embeddings.shape
+        past = buffer.length - seq
         if position_ids is None:
             position_ids = torch.arange(past, past + seq)[None]
         hidden = embeddings.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -216,11 +220,8 @@ class Prepared:
             table[..., : struct.head_dim // 2].contiguous() for table in model.model.rotary_emb(hidden, position_ids)
         )
         mask = None if attention_mask is None or attention_mask.all() else attention_mask.to(torch.bool).contiguous()
-        buffers = buffers_of(layers, past, (batch, struct.kv_heads, seq, struct.head_dim), embeddings)
-        for layer, buffer in zip(layers, buffers, strict=True):
-            buffer.extend(layer, seq)
-        places = ctypes.c_void_p * len(buffers)
-        keys, values = places(*(each.pointers[0] for each in buffers)), places(*(each.pointers[1] for each in buffers))
+        places = ctypes.c_void_p * struct.num_layers
+        keys, values = places(*buffer.pointers[::2]), places(*buffer.pointers[1::2])
         logits = embeddings.new_empty(batch, kept, struct.head.rows)
         step = cpu_kernel.Step(
             hidden=hidden.data_ptr(),
@@ -233,7 +234,7 @@ class Prepared:
             batch=batch,
             seq=seq,
             past=past,
-            capacity=buffers[0].capacity,
+            capacity=buffer.capacity,
             kept=kept,
             angles_batch=cos.shape[0],
             threads=torch.get_num_threads(),
@@ -246,7 +247,7 @@ class Prepared:
         if (
             self._state is None
             or not self._state.is_current()
-            or [*map(version_of, self._tracked)] != self._versions
+            or [tensor._version for tensor in self._tracked] != self._versions
             or [word.value for word in self._words] != self._values
             or not ((prompt_seen and self._prompt_seen) or all(weight.is_current() for weight in self._int8.values()))
         ):
@@ -265,7 +266,8 @@ class Prepared:
         except InputError as error:
             self._reason, self._tracked, self._int8 = str(error), [], before
             logger.warning_once(f"a model prepared by optimize takes its ordinary path: {error}")
-        self._versions = [*map(version_of, self._tracked)]
+        self._tracked = [tensor for tensor in self._tracked if not tensor.is_inference()]  # those count no versions
+        self._versions = [tensor._version for tensor in self._tracked]
         self._words = [weight.word for weight in self._int8.values()]
         self._values = [weight.value for weight in self._int8.values()]
 

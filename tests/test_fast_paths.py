@@ -194,7 +194,7 @@ def test_cache_of_a_prompt_takes_no_room():
     model = random_model(tiny_config())
     layer = getattr(model(random_tokens(model.config, seq=64), use_cache=True), CACHE).layers[0]
     assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
-    sizes = [KVBuffer(DynamicLayer(), 0, (1, 1, seq, 2), layer.keys).capacity - seq for seq in (1, 400, 100_000)]
+    sizes = [KVBuffer([DynamicLayer()], 0, (1, 1, seq, 2), layer.keys).capacity - seq for seq in (1, 400, 100_000)]
     assert sizes == [16, 50, 256]
 
 
