@@ -1,76 +1,126 @@
-"""Faster ways of what the model does, in inference: products of few tokens, attention, a cache that does not copy.
+"""Faster ways of what the model does, in inference on a CPU: matmuls of few tokens, attention, growing caches.
 
-The model file asks for them by name (`FAST_PATHS`); each gives the plain way's result, to rounding, or leaves the work
-to it. A compiler and a tracer see the plain ways only.
+The model file asks for them by name (`FAST_PATHS`); each gives the plain way's result, to rounding, or returns None and
+leaves the work to it. None of them changes an object of the user's: no class, attribute or method of a module or of a
+cache is replaced, and whatever watches or transforms PyTorch's operations sees the plain ways only.
 """
 
+import functools
+import weakref
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Cache, DynamicCache
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import cpu_kernel
 
-MOST_TOKENS = 16 if torch.cpu._is_amx_tile_supported() else 48
-"""Of a batch, in a product of the compiled code; above, PyTorch's is as fast, which knows AMX."""
+
+@functools.cache
+def most_tokens() -> int:
+    """Return up to how many tokens of a batch a matmul takes the compiled code; above, PyTorch's is as fast."""
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return 16 if has_amx is not None and has_amx() else 48
 
 
-def observed() -> bool:
-    """Whether something watches or changes what PyTorch does: gradients, autocast, a compiler, a tracer."""
-    return (
-        torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-    )
+@functools.cache
+def _probes() -> tuple[Callable[[], Any], ...]:
+    """Return what is true under a dispatch mode, a function mode, a functorch transform.
+
+    PyTorch has no public names for these: looked up when first needed, and where one is missing nothing is fast.
+    """
+    try:
+        return (
+            torch._C._len_torch_dispatch_stack,
+            torch._C._len_torch_function_stack,
+            torch._C._functorch.peek_interpreter_stack,
+        )
+    except AttributeError:
+        return (lambda: True,) * 3
+
+
+def is_watched() -> bool:
+    """Return whether something else follows PyTorch's operations: a compiler, a tracer, a mode, a transform."""
+    # The compiler first: it must not meet what follows, which it cannot read.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    dispatch, function, functorch = _probes()
+    return bool(dispatch() or function() or functorch()) or getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def must_run_eagerly() -> bool:
+    """Return whether the operations must be PyTorch's own: gradients, autocast, or `is_watched`."""
+    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_watched()
 
 
 def _plain(*tensors: torch.Tensor) -> bool:
-    """Whether these are fp32 or bf16 numbers in this machine's memory, all of one dtype."""
-    return all(
-        type(tensor) in (torch.Tensor, nn.Parameter)
-        and tensor.device.type == "cpu"
-        and tensor.dtype in cpu_kernel.FLOATS
-        and tensor.dtype == tensors[0].dtype
-        for tensor in tensors
+    """Return whether these are fp32 or bf16 numbers in this machine's memory, all of one dtype."""
+    dtype = tensors[0].dtype
+    return dtype in cpu_kernel.FLOATS and all(
+        type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_cpu and tensor.dtype == dtype for tensor in tensors
     )
 
 
-def few_tokens_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """`F.linear` of (batch, seq, columns); None where the plain way is to be taken."""
-    if x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MOST_TOKENS or observed():
+def _few_tokens(x: Any) -> bool:
+    return type(x) is torch.Tensor and x.is_cpu and x.dim() == 3 and 0 < x.shape[0] * x.shape[1] <= most_tokens()
+
+
+def few_tokens_linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Return `F.linear` of (batch, seq, columns); None where the plain way is to be taken."""
+    return None if must_run_eagerly() or not _few_tokens(input) else _matmul(input, weight, bias)
+
+
+def _matmul(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    if not _plain(input, weight, *(() if bias is None else (bias,))) or not weight.is_contiguous():
         return None
-    if not _plain(x, weight, *(() if bias is None else (bias,))) or not weight.is_contiguous():
+    return cpu_kernel.linear(input, weight, bias) if cpu_kernel.available() else None
+
+
+LINEAR_CALL, LINEAR_FORWARD = nn.Linear.__call__, nn.Linear.forward
+
+
+def _only_multiplies(module: nn.Linear) -> bool:
+    """Return whether calling the module is `F.linear` and nothing else: no hook, no other `forward` or call."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or nn_module._has_any_global_hook()
+        or "forward" in module.__dict__
+        or "_compiled_call_impl" in module.__dict__
+        or nn.Linear.__call__ is not LINEAR_CALL
+        or nn.Linear.forward is not LINEAR_FORWARD
+    )
+
+
+class _FastMatmuls(TorchFunctionMode):
+    """While a layer runs that wraps an `nn.Linear`, an adapter's, its calls of `F.linear` take the fast path."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = few_tokens_linear(*args, **(kwargs or {})) if func is F.linear else None
+        return func(*args, **(kwargs or {})) if output is None else output
+
+
+def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """Return `module(x)` of an `nn.Linear`, or of a layer around one; None where the plain way is to be taken."""
+    if must_run_eagerly() or not _few_tokens(x):
         return None
-    return cpu_kernel.linear(x, weight, bias) if cpu_kernel.available() else None
-
-
-class FewTokensLinear(nn.Linear):
-    """nn.Linear with the fast path. A layer becomes one in the first pass: quantizers look for nn.Linear itself."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output = few_tokens_linear(x, self.weight, self.bias)
-        return super().forward(x) if output is None else output
-
-
-def begin(model: nn.Module, cache: Cache | None) -> None:
-    """What a pass begins with, in inference on a CPU: the cache gets room, and the linear layers their fast path.
-
-    On CUDA room costs more memory than copies cost time, and a look at each layer's tensors costs launches.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or next(model.parameters()).device.type != "cpu":
-        return
-    give_room(cache)
-    if "_has_fast_linears" not in model.__dict__:
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = FewTokensLinear
-        model.__dict__["_has_fast_linears"] = True
+    if type(module) is nn.Linear:
+        weights = module._parameters
+        return _matmul(x, weights["weight"], weights["bias"]) if _only_multiplies(module) else None
+    if cpu_kernel.available() and any(type(child) is nn.Linear for child in module._modules.values()):
+        with _FastMatmuls():
+            return module(x)
+    return None
 
 
 def attention(
@@ -85,7 +135,7 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: what `sdpa` computes, (batch, seq, heads, head_dim)."""
     output = None
-    if scaling is not None and not dropout and not observed() and _plain(query, key, value):
+    if scaling is not None and not dropout and not must_run_eagerly() and _plain(query, key, value):
         output = _fast_attention(module, query, key, value, attention_mask, scaling, kwargs)
     if output is None:
         return sdpa_attention_forward(
@@ -172,101 +222,131 @@ def _each_request(
     return torch.cat(outputs, dim=1)
 
 
-class Room:
-    """Memory for keys and values, (batch, kv_heads, capacity, head_dim) each, and how many tokens are in it."""
+class KVBuffer:
+    """Memory for keys and values of cache layers of one length, (batch, kv_heads, capacity, head_dim) each.
 
-    def __init__(self, shape: Sequence[int], like: torch.Tensor):
-        batch, kv_heads, seq, head_dim = shape
-        # An eighth more: of the memory, and of the copying that a token costs, little either way.
-        self.capacity, self.filled = seq + min(max(seq // 8, 16), 256), 0
-        self.keys, self.values = (like.new_empty(batch, kv_heads, self.capacity, head_dim) for _ in range(2))
-        self.kind = (batch, kv_heads, head_dim, like.dtype, self.keys.is_inference())
-
-    def takes(self, shape: Sequence[int], like: torch.Tensor, length: int) -> bool:
-        """Whether a cache of `length` tokens that is in here can go on in here."""
-        batch, kv_heads, seq, head_dim = shape
-        # Tensors made in inference mode may not be written to outside of it.
-        kind = (batch, kv_heads, head_dim, like.dtype, torch.is_inference_mode_enabled())
-        return self.filled == length and length + seq <= self.capacity and self.kind == kind
-
-
-class CacheLayerWithRoom(DynamicLayer):
-    """Keys and values of one layer (batch, kv_heads, total, head_dim), with room for the tokens that follow.
-
-    transformers' layer copies all of itself for every token; this one when its room is full. What was handed out is
-    never written to again: after a crop, or in a second cache that shares the memory, the next token finds no room.
+    The layers hold views of what is filled. What was handed out is never written to again: after a crop or a reorder,
+    or in a copy of a layer, its tensors are not those that were handed out last, and the next token finds no room.
     """
 
-    def __init__(self, *args, **kwargs):
-        self._room: Room | None = None
-        self._length = 0  # tokens, while they are in the room
-        self._given: list[torch.Tensor | None] = [None, None]  # keys and values, while they are not
-        super().__init__(*args, **kwargs)
+    def __init__(self, layers: Sequence[DynamicLayer], past: int, shape: Sequence[int], like: torch.Tensor):
+        batch, kv_heads, seq, head_dim = shape
+        # An eighth more: of the memory, and of the copying that a token costs, little either way.
+        self.capacity = past + seq + min(max((past + seq) // 8, 16), 256)
+        self.length = past
+        self.layers = [*map(weakref.ref, layers)]
+        self.tensors: list[torch.Tensor] = []  # keys and values in turn
+        for layer in layers:
+            if not layer.is_initialized:
+                layer.lazy_initialization(like, like)
+            for old in (layer.keys, layer.values):
+                self.tensors.append(like.new_empty(batch, kv_heads, self.capacity, head_dim))
+                if past:
+                    self.tensors[-1][:, :, :past] = old
+            self._hand_out([layer], self.tensors[-2:])  # the old ones are released one by one
+        # Tensors made in inference mode may not be written to outside of it.
+        self.kind = (batch, kv_heads, head_dim, like.dtype, self.tensors[0].is_inference())
+        self.handed_out = _tensors_of(layers)
+        self.pointers = [*map(torch.Tensor.data_ptr, self.tensors)]
 
-    @property
-    def keys(self) -> torch.Tensor | None:
-        return self._given[0] if self._room is None else self._room.keys[..., : self._length, :]
+    def continues(self, layers: Sequence[DynamicLayer], seq: int, kind: tuple) -> bool:
+        """Return whether these layers have room for so many tokens in here."""
+        tensors = _tensors_of(layers)
+        return (
+            self.length + seq <= self.capacity
+            and self.kind == kind
+            and [layer() for layer in self.layers] == [*layers]
+            and all(map(is_, tensors, self.handed_out))
+            and [*map(torch.Tensor.data_ptr, tensors)] == self.pointers
+        )
 
-    @keys.setter
-    def keys(self, tensor: torch.Tensor | None) -> None:
-        self._given, self._room = [tensor, self.values], None
+    def extend(self, layers: Sequence[DynamicLayer], seq: int) -> None:
+        """Lengthen the layers' keys and values by so many tokens, to be filled in by the caller."""
+        self.length += seq
+        self.handed_out = self._hand_out(layers, self.tensors)
 
-    @property
-    def values(self) -> torch.Tensor | None:
-        return self._given[1] if self._room is None else self._room.values[..., : self._length, :]
-
-    @values.setter
-    def values(self, tensor: torch.Tensor | None) -> None:
-        self._given, self._room = [self.keys, tensor], None
-
-    def get_seq_length(self) -> int:
-        return super().get_seq_length() if self._room is None else self._length
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends (batch, kv_heads, seq, head_dim) to each, and returns all of both."""
-        # Autograd must not see a tensor change, and a compiler makes a cache of its own.
-        if key_states.requires_grad or value_states.requires_grad or torch.compiler.is_compiling():
-            return super().update(key_states, value_states, *args, **kwargs)
-        past = self.get_seq_length()
-        if not past:  # a prompt, after which no token may follow
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
-            return key_states, value_states
-        room = self.extend(key_states.shape, key_states)
-        keys, values = room.keys[..., : self._length, :], room.values[..., : self._length, :]
-        keys[..., past:, :], values[..., past:, :] = key_states, value_states
-        return keys, values
-
-    def extend(self, shape: Sequence[int], like: torch.Tensor) -> Room:
-        """Lengthens keys and values by (batch, kv_heads, seq, head_dim), to be filled in by the caller in the room.
-
-        `like` has the dtype and the device.
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(like, like)
-        past, room = self.get_seq_length(), self._room
-        if room is None or not room.takes(shape, like, past):
-            batch, kv_heads, seq, head_dim = shape
-            room = Room((batch, kv_heads, past + seq, head_dim), like)
-            keys, values = self.keys, self.values
-            if past and keys is not None and values is not None:
-                room.keys[..., :past, :], room.values[..., :past, :] = keys, values
-            self._room = room
-        room.filled = self._length = past + shape[-2]
-        return room
+    def _hand_out(self, layers: Sequence[DynamicLayer], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        batch, kv_heads, _, head_dim = tensors[0].shape
+        shape, strides = (batch, kv_heads, self.length, head_dim), tensors[0].stride()
+        views = [tensor.as_strided(shape, strides) for tensor in tensors]  # half of what a slice costs
+        for layer, keys, values in zip(layers, views[::2], views[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+        return views
 
 
-def give_room(cache: Cache | None) -> None:
-    """Makes layers with room of those of a `DynamicCache` that nothing is in yet."""
-    if type(cache) is not DynamicCache or cache.offloading:
-        return
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = CacheLayerWithRoom
-    for number, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[number] = CacheLayerWithRoom()
+def _tensors_of(layers: Sequence[DynamicLayer]) -> list[torch.Tensor]:
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
-FAST_PATHS: dict[str, Callable] = {"begin": begin, "sdpa": attention}
+_BUFFERS: "weakref.WeakKeyDictionary[DynamicLayer, KVBuffer]" = weakref.WeakKeyDictionary()
+"""Of the first of its layers. Beside them and not in them: a cache is the user's, who may copy it and save it."""
+
+
+def buffer_of(layers: Sequence[DynamicLayer], past: int, shape: Sequence[int], like: torch.Tensor) -> KVBuffer | None:
+    """Return memory in which layers of `past` tokens have room for (batch, kv_heads, seq, head_dim) more.
+
+    `like` has the dtype and the device. None where the layers hold something else.
+    """
+    batch, kv_heads, seq, head_dim = shape
+    kind = (batch, kv_heads, head_dim, like.dtype, torch.is_inference_mode_enabled())
+    buffer = _BUFFERS.get(layers[0])
+    if buffer is None or buffer.length != past or not buffer.continues(layers, seq, kind):
+        if any(layer.get_seq_length() != past for layer in layers):
+            return None
+        if past and {(*layer.keys.shape[:2], layer.keys.dtype) for layer in layers} != {(batch, kv_heads, like.dtype)}:
+            return None
+        buffer = None
+        _BUFFERS.pop(layers[0], None)  # released before more is asked for
+        buffer = _BUFFERS[layers[0]] = KVBuffer(layers, past, shape, like)
+    return buffer
+
+
+CACHE_UPDATE, LAYER_UPDATE = DynamicCache.update, DynamicLayer.update
+
+
+def layers_of(cache: Any, count: int, first: int = 0) -> list[DynamicLayer] | None:
+    """Return the layers `first` to `count` of transformers' own `DynamicCache`, all as they were made; else None."""
+    if (
+        type(cache) is not DynamicCache
+        or cache.offloading
+        or "update" in cache.__dict__
+        or DynamicCache.update is not CACHE_UPDATE
+        or DynamicLayer.update is not LAYER_UPDATE
+    ):
+        return None
+    if len(cache.layers) < count and cache.layer_class_to_replicate is DynamicLayer:
+        cache.layers.extend(DynamicLayer() for _ in range(count - len(cache.layers)))
+    layers = cache.layers[first:count]
+    own = [type(layer) is DynamicLayer and "update" not in layer.__dict__ for layer in layers]
+    return layers if len(layers) == count - first and all(own) else None
+
+
+def append(
+    cache: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return what `cache.update` returns, (batch, kv_heads, total, head_dim) each, without a copy for each token.
+
+    None where the cache is to do it. On CUDA the room costs more memory than copies cost time.
+    """
+    # What autograd has saved may not change.
+    if torch.is_grad_enabled() or is_watched() or not _plain(key, value):
+        return None
+    layers = layers_of(cache, layer_idx + 1, first=layer_idx)
+    if layers is None:
+        return None
+    (layer,) = layers
+    past = layer.get_seq_length()
+    if not past:  # a prompt, after which no token may follow
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value
+        return key, value
+    buffer = buffer_of(layers, past, key.shape, key)
+    if buffer is None:
+        return None
+    buffer.extend(layers, key.shape[2])
+    keys, values = layer.keys, layer.values
+    keys[:, :, past:], values[:, :, past:] = key, value
+    return keys, values
+
+
+FAST_PATHS: dict[str | Callable, Callable] = {"linear": linear, "append": append, sdpa_attention_forward: attention}

@@ -35,9 +35,24 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_llama_repro import AUTO_MAP, LlamaReproConfig
 
-# What the installed package adds for speed (`fast_paths`): name -> what is called in place of the plain way, which is
-# all there is where this file lies beside a checkpoint.
-FAST_PATHS: dict[str, Callable] = {}
+# What the installed package adds for speed (`fast_paths`): an operation, by name, or an attention function -> what is
+# called in place of the plain way, which is all there is where this file lies beside a checkpoint.
+FAST_PATHS: dict[str | Callable, Callable] = {}
+
+
+def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return module(x): of an nn.Linear, or of what took its place."""
+    output = FAST_PATHS["linear"](module, x) if "linear" in FAST_PATHS else None
+    return module(x) if output is None else output
+
+
+def append(
+    cache: Cache, key: torch.Tensor, value: torch.Tensor, layer_idx: int, kwargs: dict
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append keys and values (batch, kv_heads, seq, head_dim) to a layer of the cache, and return all of both."""
+    both = FAST_PATHS["append"](cache, key, value, layer_idx) if "append" in FAST_PATHS else None
+    return cache.update(key, value, layer_idx, kwargs=kwargs) if both is None else both
+
 
 # The argument and output field of the key/value cache: `cache` from transformers 5.24 on, `past_key_values` before.
 # A forward takes either name under every version, and passes on the version's own.
@@ -167,7 +182,7 @@ class LlamaReproMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return linear(self.down_proj, self.act_fn(linear(self.gate_proj, x)) * linear(self.up_proj, x))
 
 
 def eager_attention_forward(
@@ -228,9 +243,9 @@ class LlamaReproAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # -1 and not the number of heads: under tensor parallelism this process holds a slice of them.
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads_shape)  # (batch, seq, heads, head_dim)
-        key = self.k_proj(hidden_states).view(heads_shape)  # (batch, seq, kv_heads, head_dim)
-        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)  # (batch, kv_heads, seq, head_dim)
+        query = linear(self.q_proj, hidden_states).view(heads_shape)  # (batch, seq, heads, head_dim)
+        key = linear(self.k_proj, hidden_states).view(heads_shape)  # (batch, seq, kv_heads, head_dim)
+        value = linear(self.v_proj, hidden_states).view(heads_shape).transpose(1, 2)  # (batch, kv_heads, seq, head_dim)
 
         # Turned before the transposition: element-wise operations are faster while the memory is in order.
         cos, sin = position_embeddings
@@ -239,14 +254,14 @@ class LlamaReproAttention(nn.Module):
         key = apply_rotary(key, cos, sin).transpose(1, 2)
         cache = either_cache(cache, past_key_values)
         if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
-            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # (batch, kv_heads, total, head_dim)
+            key, value = append(cache, key, value, self.layer_idx, kwargs)  # (batch, kv_heads, total, head_dim)
         elif cache is not None:  # before 5.24 the attention functions append to a paged cache
             kwargs["cache"] = cache
 
         implementation = self.config._attn_implementation
         # vLLM reads this source: a name that holds what get_interface gives, alone, and is called once.
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        attention_interface = FAST_PATHS.get(implementation, attention_interface)
+        attention_interface = FAST_PATHS.get(attention_interface, attention_interface)
         attn_output, attn_weights = attention_interface(
             self,
             query,
@@ -257,7 +272,7 @@ class LlamaReproAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(attn_output.reshape(*hidden_states.shape[:-1], -1)), attn_weights
+        return linear(self.o_proj, attn_output.reshape(*hidden_states.shape[:-1], -1)), attn_weights
 
 
 class LlamaReproDecoderLayer(GradientCheckpointingLayer):
@@ -345,8 +360,6 @@ class LlamaReproModel(LlamaReproPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        if "begin" in FAST_PATHS:
-            FAST_PATHS["begin"](self, cache)
         if position_ids is None:
             num_cached = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + num_cached
@@ -531,8 +544,6 @@ class LlamaReproForCausalLM(LlamaReproPreTrainedModel, GenerationMixin):
         `skip_logits`: the loss alone, in less memory and time; the output's logits are None.
         """
         cache = either_cache(cache, past_key_values)
-        if "begin" in FAST_PATHS:
-            FAST_PATHS["begin"](self, cache)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -549,7 +560,7 @@ class LlamaReproForCausalLM(LlamaReproPreTrainedModel, GenerationMixin):
             loss = causal_lm_loss(hidden_states, labels, self.config.vocab_size, lm_head=self.lm_head, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            logits = linear(self.lm_head, outputs.last_hidden_state[:, kept])
         if labels is not None and not skip_logits:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(

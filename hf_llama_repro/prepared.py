@@ -13,19 +13,37 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from . import cpu_kernel
 from .errors import InputError
-from .fast_paths import MOST_TOKENS, CacheLayerWithRoom, give_room, observed
+from .fast_paths import KVBuffer, buffer_of, layers_of, most_tokens, must_run_eagerly
+from .model_state import (
+    Int8Weight,
+    ModelState,
+    refuse_other_shapes,
+    refuse_unknown_modules,
+    refuse_what_watches,
+)
 from .modeling_llama_repro import CACHE, LlamaReproForCausalLM, either_cache
 
-CACHE_BEFORE = "_cache_implementation_before_optimize"
+logger = logging.get_logger(__name__)
 
-IGNORED = {"return_dict", "use_cache", "cache_position"}
-"""Arguments of `forward` that change nothing in what the compiled code computes."""
+CACHE_BEFORE = "_cache_implementation_before_optimize"
+ADAPTERS = "merge the adapter first (model = model.merge_and_unload()); not merged, it runs on the ordinary path"
+
+WITHOUT_EFFECT = {
+    "labels": (None,),
+    "skip_logits": (False, None),
+    "output_attentions": (False, None),
+    "output_hidden_states": (False, None),
+    "return_dict": (True, None),
+}
+"""Other arguments of `forward`, and the values that change nothing in what it returns."""
 
 
 def optimize(model: LlamaReproForCausalLM, *, int8: bool = False) -> LlamaReproForCausalLM:
@@ -59,14 +77,13 @@ def restore(model: LlamaReproForCausalLM) -> LlamaReproForCausalLM:
 
 
 def _refuse_what_cannot_be_prepared(model: Any) -> None:
-    adapters = "merge the adapter first (model = model.merge_and_unload()); not merged, it runs on the ordinary path"
     if hasattr(model, "peft_config"):
-        raise InputError(f"optimize takes no model with adapters: {adapters}")
+        raise InputError(f"optimize takes no model with adapters: {ADAPTERS}")
     if not isinstance(model, LlamaReproForCausalLM):
         raise InputError(f"optimize takes a LlamaReproForCausalLM, not a {type(model).__name__}")
-    for name, module in model.named_modules():
-        if name.endswith(("_proj", "lm_head")) and not isinstance(module, nn.Linear):
-            raise InputError(f"{name} is a {type(module).__name__}: {adapters}")
+    if model.config.hidden_act != "silu":
+        raise InputError(f"optimize knows the activation silu only, not {model.config.hidden_act!r}")
+    refuse_unknown_modules(model)
     for name, parameter in model.named_parameters():
         if is_traceable_wrapper_subclass(parameter):  # what its address holds is not the matrix
             raise InputError(
@@ -75,8 +92,6 @@ def _refuse_what_cannot_be_prepared(model: Any) -> None:
             )
     if model.training:
         raise InputError("optimize prepares for inference, and the model is in training mode: call model.eval() first")
-    if model.config.hidden_act != "silu":
-        raise InputError(f"optimize knows the activation silu only, not {model.config.hidden_act!r}")
     devices = {parameter.device.type for parameter in model.parameters()}
     if len(devices) > 1 or devices - {"cpu", "cuda"}:
         raise InputError(
@@ -88,18 +103,30 @@ def _refuse_what_cannot_be_prepared(model: Any) -> None:
         raise InputError(
             f"on a CPU optimize takes a model of torch.float32 or of torch.bfloat16, not of {names}: model.to(…) first"
         )
+    refuse_other_shapes(model)
 
 
 class Prepared:
-    """In place of `model.forward`: the compiled code where it applies, else the model's own."""
+    """In place of `model.forward`: the compiled code where it applies, else the model's own.
+
+    It applies while the model is what it was when its weights were packed, which every call looks at.
+    """
 
     def __init__(self, model: LlamaReproForCausalLM, *, int8: bool):
         self.model, self.int8 = model, int8
         self.__signature__ = inspect.signature(type(model).forward.__get__(model))  # `generate` reads it
-        self._weights: tuple[Any, ...] = ()
-        self._looked = self._is_hooked = False
+        parameters = self.__signature__.parameters.values()
+        self._names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+        self._state: ModelState | None = None
+        self._reason: str | None = None  # why the ordinary path is taken
+        self._prompt_seen = False  # by the present cache
         self._struct: cpu_kernel.Model | None = None
         self._alive: list[Any] = []  # what the structure points to
+        self._int8: dict[nn.Module, Int8Weight] = {}
+        self._words: list[Any] = []  # of each of these the largest number, where it lies
+        self._values: list[int] = []
+        self._tracked: list[torch.Tensor] = []  # what the compiled code has in another form
+        self._versions: list[int] = []
 
     def __deepcopy__(self, memo: dict) -> "Prepared":
         return Prepared(copy.deepcopy(self.model, memo), int8=self.int8)
@@ -110,10 +137,13 @@ class Prepared:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.model.training:
             raise InputError("this model is prepared for inference: hf_llama_repro.restore(model) before training")
-        output = self._few_tokens(**kwargs) if not args else None
+        named = dict(zip(self._names, args, strict=False))
+        # Too many arguments, or one given twice, are for the ordinary forward to refuse.
+        fits = len(named) == len(args) and named.keys().isdisjoint(kwargs)
+        output = self._few_tokens(**named, **kwargs) if fits else None
         if output is not None:
             return output
-        self._looked = False
+        self._prompt_seen = False
         return type(self.model).forward(self.model, *args, **kwargs)
 
     def _few_tokens(
@@ -128,42 +158,45 @@ class Prepared:
         past_key_values: Any = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | None:
-        """The output, or None where the ordinary path is to be taken."""
+        """Return the output, or None where the ordinary path is to be taken."""
         model = self.model
         given = input_ids if inputs_embeds is None else inputs_embeds
         if (
-            observed()
-            or given is None
+            must_run_eagerly()
+            or nn_module._has_any_global_hook()
+            or type(given) not in (torch.Tensor, nn.Parameter)
             or (input_ids is not None and inputs_embeds is not None)
-            or not 0 < given.shape[0] * given.shape[1] <= MOST_TOKENS
+            or given.dim() != (2 if inputs_embeds is None else 3)
+            or not 0 < given.shape[0] * given.shape[1] <= most_tokens()
             or not isinstance(logits_to_keep, int)
-            or model.config.output_attentions
-            or model.config.output_hidden_states
-            or others.get("return_dict", model.config.return_dict) is False
-            or any(value is not None for name, value in others.items() if name not in IGNORED and value is not False)
+            or logits_to_keep < 0
+            or not all(any(value is each for each in WITHOUT_EFFECT.get(name, ())) for name, value in others.items())
         ):
             return None
         cache = either_cache(cache, past_key_values)
         if cache is None and (model.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=model.config)
-        give_room(cache)
-        if type(cache) is not DynamicCache or not cache.layers:
+        layers = layers_of(cache, model.config.num_hidden_layers)
+        if not layers:
             return None
-        if any(type(layer) is not CacheLayerWithRoom for layer in cache.layers):
-            return None
-        past, (batch, seq) = cache.get_seq_length(), given.shape[:2]
+        past, (batch, seq) = layers[0].get_seq_length(), given.shape[:2]
         if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + seq):
             return None
-        if not (past and self._looked):  # once for a prompt
-            self._look_at_weights()
-            self._looked = True
-        if self._is_hooked:
+        if position_ids is not None and tuple(position_ids.shape) not in ((1, seq), (batch, seq)):
             return None
+        if not self._is_packed(past > 0):
+            return None
+        assert self._struct is not None
         embeddings = model.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if embeddings.dtype != model.dtype:
+        if embeddings.dtype != model.model.norm.weight.dtype or embeddings.shape[2] != self._struct.hidden:
             return None
         kept = min(logits_to_keep or seq, seq)
-        logits = self._run(embeddings, attention_mask, position_ids, cache, past, kept)
+        shape = (batch, self._struct.kv_heads, seq, self._struct.head_dim)
+        buffer = buffer_of(layers, past, shape, embeddings)
+        if buffer is None:
+            return None
+        buffer.extend(layers, seq)
+        logits = self._run(embeddings, attention_mask, position_ids, buffer, kept)
         named: dict[str, Any] = {CACHE: cache}
         return CausalLMOutputWithPast(logits=logits, **named)
 
@@ -172,26 +205,24 @@ class Prepared:
         embeddings: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        cache: DynamicCache,
-        past: int,
+        buffer: KVBuffer,
         kept: int,
     ) -> torch.Tensor:
-        """The logits (batch, kept, vocab_size); keys and values are appended to the cache."""
-        model, config = self.model, self.model.config
+        """Return the logits (batch, kept, vocab_size); keys and values are written to the end of the buffer."""
+        model, struct = self.model, self._struct
+        assert struct is not None
         batch, seq, _ = embeddings.shape
+        past = buffer.length - seq
         if position_ids is None:
             position_ids = torch.arange(past, past + seq)[None]
         hidden = embeddings.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         cos, sin = (
-            table[..., : config.head_dim // 2].contiguous() for table in model.model.rotary_emb(hidden, position_ids)
+            table[..., : struct.head_dim // 2].contiguous() for table in model.model.rotary_emb(hidden, position_ids)
         )
-        mask = None if attention_mask is None or attention_mask.all() else attention_mask.to(torch.uint8).contiguous()
-        shape = (batch, config.num_key_value_heads, seq, config.head_dim)
-        layers: Any = cache.layers
-        rooms = [layer.extend(shape, embeddings) for layer in layers]
-        keys = (ctypes.c_void_p * len(rooms))(*(room.keys.data_ptr() for room in rooms))
-        values = (ctypes.c_void_p * len(rooms))(*(room.values.data_ptr() for room in rooms))
-        logits = embeddings.new_empty(batch, kept, config.vocab_size)
+        mask = None if attention_mask is None or attention_mask.all() else attention_mask.to(torch.bool).contiguous()
+        places = ctypes.c_void_p * struct.num_layers
+        keys, values = places(*buffer.pointers[::2]), places(*buffer.pointers[1::2])
+        logits = embeddings.new_empty(batch, kept, struct.head.rows)
         step = cpu_kernel.Step(
             hidden=hidden.data_ptr(),
             cos=cos.data_ptr(),
@@ -203,53 +234,77 @@ class Prepared:
             batch=batch,
             seq=seq,
             past=past,
-            capacity=rooms[0].capacity,
+            capacity=buffer.capacity,
             kept=kept,
             angles_batch=cos.shape[0],
             threads=torch.get_num_threads(),
         )
-        cpu_kernel.load().llama_repro_forward(ctypes.byref(self._struct), ctypes.byref(step))
+        cpu_kernel.load().llama_repro_forward(ctypes.byref(struct), ctypes.byref(step))
         return logits
 
-    def _look_at_weights(self) -> None:
-        """Describes the weights to the compiled code, again if they were replaced or changed since."""
-        self._is_hooked = any(_has_hooks(module) for module in self.model.modules() if module is not self.model)
-        weights = tuple((tensor.data_ptr(), tensor._version) for tensor in self.model.parameters())
-        if self._struct is None or weights != self._weights:
-            _refuse_what_cannot_be_prepared(self.model)
-            self._alive = []
-            self._struct = self._described()
-            self._weights = weights
+    def _is_packed(self, prompt_seen: bool) -> bool:
+        """Return whether the compiled code has the weights as they are; packs them where the model has changed."""
+        if (
+            self._state is None
+            or not self._state.is_current()
+            or [tensor._version for tensor in self._tracked] != self._versions
+            or [word.value for word in self._words] != self._values
+            or not ((prompt_seen and self._prompt_seen) or all(weight.is_current() for weight in self._int8.values()))
+        ):
+            self._pack()
+        self._prompt_seen = True
+        return self._reason is None
 
-    def _described(self) -> cpu_kernel.Model:
-        model, config = self.model, self.model.config
+    def _pack(self) -> None:
+        """Describe the weights to the compiled code, or keep the reason for the ordinary path."""
+        before = self._int8
+        self._state, self._struct, self._alive, self._tracked, self._int8 = ModelState(self.model), None, [], [], {}
+        try:
+            _refuse_what_cannot_be_prepared(self.model)
+            refuse_what_watches(self.model)
+            self._struct, self._reason = self._described(before), None
+        except InputError as error:
+            self._reason, self._tracked, self._int8 = str(error), [], before
+            logger.warning_once(f"a model prepared by optimize takes its ordinary path: {error}")
+        self._tracked = [tensor for tensor in self._tracked if not tensor.is_inference()]  # those count no versions
+        self._versions = [tensor._version for tensor in self._tracked]
+        self._words = [weight.word for weight in self._int8.values()]
+        self._values = [weight.value for weight in self._int8.values()]
+
+    def _described(self, before: dict[nn.Module, Int8Weight]) -> cpu_kernel.Model:
+        base, config = self.model.model, self.model.config
         layers = (cpu_kernel.Layer * config.num_hidden_layers)()
-        for into, layer in zip(layers, model.model.layers, strict=True):
+        for into, layer in zip(layers, base.layers, strict=True):
             attention, mlp = layer.self_attn, layer.mlp
             for name in ("q", "k", "v", "o"):
-                setattr(into, name, self._linear(getattr(attention, f"{name}_proj")))
+                setattr(into, name, self._linear(getattr(attention, f"{name}_proj"), before))
             for name in ("gate", "up", "down"):
-                setattr(into, name, self._linear(getattr(mlp, f"{name}_proj")))
+                setattr(into, name, self._linear(getattr(mlp, f"{name}_proj"), before))
             into.input_norm = self._pointer(layer.input_layernorm.weight)
             into.post_attention_norm = self._pointer(layer.post_attention_layernorm.weight)
         self._alive.append(layers)
         return cpu_kernel.Model(
-            layers=layers, norm=self._pointer(model.model.norm.weight), head=self._linear(model.lm_head),
-            num_layers=config.num_hidden_layers, hidden=config.hidden_size, heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads, head_dim=config.head_dim, intermediate=config.intermediate_size,
-            eps=config.rms_norm_eps, scaling=config.head_dim**-0.5, dtype=cpu_kernel.DTYPES[model.dtype],
+            layers=layers, norm=self._pointer(base.norm.weight), head=self._linear(self.model.lm_head, before),
+            num_layers=len(layers), hidden=base.embed_tokens.weight.shape[1], heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads, head_dim=config.head_dim, intermediate=layers[0].gate.rows,
+            eps=base.norm.eps, scaling=config.head_dim**-0.5, dtype=cpu_kernel.DTYPES[self.model.dtype],
         )  # fmt: skip
 
-    def _linear(self, module: nn.Linear) -> cpu_kernel.Linear:
+    def _linear(self, module: nn.Linear, before: dict[nn.Module, Int8Weight]) -> cpu_kernel.Linear:
         weight: Any = module.weight.detach()
         factor: Any = None
         if weight.dtype == torch.int8:  # bitsandbytes': a row's largest magnitude is 127
             held: Any = module
-            factor = (held.weight.SCB if held.weight.SCB is not None else held.state.SCB).float() / 127
+            scale = held.weight.SCB if held.weight.SCB is not None else held.state.SCB
+            self._tracked.append(scale)
+            factor = scale.float() / 127
         elif self.int8:
-            factor = weight.abs().amax(dim=1).float() / 127
-            parts = zip(weight.split(1024), factor.split(1024), strict=True)  # fp32 numbers of a part at a time
-            weight = torch.cat([_rounded(part, scale) for part, scale in parts])
+            packed = before.get(module)
+            if packed is None or packed.source is not module.weight or not packed.is_current():
+                packed = Int8Weight(module.weight)
+            self._int8[module] = packed
+            self._tracked.append(module.weight)
+            weight, factor = packed.weight, packed.factor
         return cpu_kernel.Linear(
             weight=self._pointer(weight),
             factor=None if factor is None else self._pointer(factor),
@@ -260,18 +315,6 @@ class Prepared:
         )
 
     def _pointer(self, tensor: torch.Tensor) -> int:
-        tensor = tensor.detach().contiguous()
+        tensor = tensor.detach()
         self._alive.append(tensor)
         return tensor.data_ptr()
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether something waits for this module to be called; transformers' own hooks wait for the ordinary path."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    own = "transformers.utils.output_capturing"
-    return "forward" in module.__dict__ or any(getattr(hook, "__module__", None) != own for hook in hooks)
-
-
-def _rounded(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Rows in multiples of their factor, -127 to 127; a row of zeros stays one."""
-    return (weight.float() / factor.clamp(min=torch.finfo(torch.float).tiny)[:, None]).round().to(torch.int8)

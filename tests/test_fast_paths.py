@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from random_models import ARCHITECTURES, random_model, random_tokens, relative_difference, tiny_config
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from hf_llama_repro import cpu_kernel, modeling_llama_repro, optimize
-from hf_llama_repro.fast_paths import MOST_TOKENS, CacheLayerWithRoom, FewTokensLinear, Room, few_tokens_linear
+from hf_llama_repro import cpu_kernel, fast_paths, modeling_llama_repro, optimize
+from hf_llama_repro.fast_paths import KVBuffer, append, few_tokens_linear, most_tokens
 from hf_llama_repro.modeling_llama_repro import CACHE
 
 SHAPES = {  # batch, heads, kv_heads, head_dim, seq, cached before
@@ -122,7 +124,7 @@ def test_few_tokens_linear_equals_linear(shape, bias, dtype):
         output = few_tokens_linear(x, linear.weight, linear.bias)
         assert relative_difference(output, linear(x)) < TOLERANCE[dtype]
         assert few_tokens_linear(x.double(), linear.weight, linear.bias) is None
-        assert few_tokens_linear(x[:1, :1].expand(1, MOST_TOKENS + 1, 83), linear.weight, linear.bias) is None
+        assert few_tokens_linear(x[:1, :1].expand(1, most_tokens() + 1, 83), linear.weight, linear.bias) is None
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert few_tokens_linear(x, linear.weight, linear.bias) is None
     assert few_tokens_linear(x, linear.weight, linear.bias) is None  # gradients are taken
@@ -151,26 +153,34 @@ def test_lora_over_fast_linears():
     adapted = get_peft_model(
         model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     ).eval()
-    assert type(model.model.layers[0].self_attn.q_proj.base_layer) is FewTokensLinear
     attached = adapted.generate(input_ids=prompt, **how)
     assert torch.equal(adapted.merge_and_unload().generate(prompt, **how), attached)
 
 
+def lengthened(cache, key, value):
+    """Append to the cache's only layer as the model does."""
+    both = append(cache, key, value, 0)
+    assert both is not None
+    assert all(mine is given for mine, given in zip((cache.layers[0].keys, cache.layers[0].values), both, strict=True))
+    return both
+
+
 def filled(length):
-    """A layer in whose room there are so many tokens: a prompt, and one more."""
-    layer = CacheLayerWithRoom()
+    """Return a cache of one layer in whose buffer there are so many tokens: a prompt, and one more."""
+    cache = DynamicCache()
     with torch.no_grad():
         for seq in (length - 1, 1):
-            layer.update(torch.randn(2, 3, seq, 8), torch.randn(2, 3, seq, 8))
-    return layer
+            lengthened(cache, torch.randn(2, 3, seq, 8), torch.randn(2, 3, seq, 8))
+    return cache
 
 
 @torch.no_grad()
 def test_cache_appends_in_place():
-    layer = filled(10)
-    first, places = layer.keys.clone(), []
+    cache = filled(10)
+    layer, places = cache.layers[0], []
+    first = layer.keys.clone()
     for _ in range(40):
-        layer.update(torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8))
+        lengthened(cache, torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8))
         places.append(layer.keys.data_ptr())
     assert len(set(places[:16])) == 1
     assert 1 < len(set(places)) < 5
@@ -182,45 +192,61 @@ def test_cache_appends_in_place():
 def test_cache_of_a_prompt_takes_no_room():
     model = random_model(tiny_config())
     layer = getattr(model(random_tokens(model.config, seq=64), use_cache=True), CACHE).layers[0]
-    assert type(layer) is CacheLayerWithRoom
     assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
-    assert [Room((1, 1, seq, 2), layer.keys).capacity - seq for seq in (1, 400, 100_000)] == [16, 50, 256]
+    sizes = [KVBuffer([DynamicLayer()], 0, (1, 1, seq, 2), layer.keys).capacity - seq for seq in (1, 400, 100_000)]
+    assert sizes == [16, 50, 256]
 
 
-def cropped(layer):
-    layer.crop(-4)
-    return layer
+@torch.no_grad()
+def test_memory_of_a_cache_is_released_with_it():
+    cache = filled(10)
+    buffer = weakref.ref(fast_paths._BUFFERS[cache.layers[0]])
+    assert buffer() is not None
+    del cache
+    assert buffer() is None
+
+
+def cropped(cache):
+    cache.crop(-4)
+    return cache
+
+
+def with_copied_layers(cache):
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
 
 
 @pytest.mark.parametrize(
-    "other", [copy.copy, copy.deepcopy, cropped], ids=["shallow copy", "deep copy", "the same, cropped"]
+    "other", [with_copied_layers, copy.deepcopy, cropped], ids=["shallow copy", "deep copy", "the same, cropped"]
 )
 @torch.no_grad()
 def test_cache_never_overwrites_what_it_handed_out(other):
-    layer = filled(10)
-    handed_out = layer.keys
+    cache = filled(10)
+    handed_out = cache.layers[0].keys
     kept, new = handed_out.clone(), torch.randn(2, 3, 2, 8)
-    second = other(layer)
-    second.update(new, new)
-    assert torch.equal(second.keys[:, :, -2:], new)
-    if second is not layer:
-        layer.update(-new, -new)
-        assert torch.equal(layer.keys[:, :, -2:], -new)
-    assert torch.equal(second.keys[:, :, -2:], new)
+    second = other(cache)
+    lengthened(second, new, new)
+    assert torch.equal(second.layers[0].keys[:, :, -2:], new)
+    if second is not cache:
+        lengthened(cache, -new, -new)
+        assert torch.equal(cache.layers[0].keys[:, :, -2:], -new)
+    assert torch.equal(second.layers[0].keys[:, :, -2:], new)
     assert torch.equal(handed_out, kept)
 
 
 def test_cache_changes_with_the_batch_and_between_inference_modes():
-    layer = filled(6)
+    cache = filled(6)
+    layer, ones = cache.layers[0], torch.ones(1, 3, 1, 8)
     with torch.no_grad():
         layer.keys, layer.values = layer.keys[:1], layer.values[:1]  # a view of the same memory
-        keys, _ = layer.update(torch.ones(1, 3, 1, 8), torch.ones(1, 3, 1, 8))
+        keys, _ = lengthened(cache, ones, ones)
         assert keys.shape == (1, 3, 7, 8)
         layer.reorder_cache(torch.tensor([0]))
     with torch.inference_mode():
-        layer.update(torch.ones(1, 3, 1, 8), torch.ones(1, 3, 1, 8))
+        lengthened(cache, ones, ones)
     with torch.no_grad():
-        keys, _ = layer.update(2 * torch.ones(1, 3, 1, 8), torch.ones(1, 3, 1, 8))
+        keys, _ = lengthened(cache, 2 * ones, ones)
     assert keys[0, 0, :, 0].tolist()[-3:] == [1, 1, 2]
 
 
@@ -234,11 +260,8 @@ def test_gradients_flow_through_the_cache():
 
 
 def test_a_tracer_sees_the_plain_way(monkeypatch):
-    model = random_model(tiny_config())
-    with torch.no_grad():
-        model(random_tokens(model.config))
-    assert type(model.lm_head) is FewTokensLinear
+    model = random_model(tiny_config()).requires_grad_(False)
+    mlp, x = model.model.layers[0].mlp, torch.randn(1, 1, model.config.hidden_size)
     monkeypatch.setattr(cpu_kernel, "linear", lambda *_: pytest.fail("hidden from the tracer"))
     with torch.no_grad():
-        head, x = model.lm_head.requires_grad_(False), torch.randn(1, 1, model.config.hidden_size)
-        torch.jit.trace(head, x, check_trace=False)
+        torch.jit.trace(mlp, x, check_trace=False)

@@ -15,8 +15,9 @@ from transformers import BitsAndBytesConfig, DynamicCache
 
 from hf_llama_repro import LlamaReproForCausalLM, cpu_kernel, optimize, restore
 from hf_llama_repro.errors import InputError
+from hf_llama_repro.fast_paths import most_tokens
 from hf_llama_repro.modeling_llama_repro import CACHE
-from hf_llama_repro.prepared import MOST_TOKENS, Prepared
+from hf_llama_repro.prepared import Prepared
 
 architectures = pytest.mark.parametrize("fields", [*ARCHITECTURES.values(), BIASES], ids=[*ARCHITECTURES, "biases"])
 GREEDY = {"do_sample": False, "pad_token_id": 0}
@@ -153,8 +154,8 @@ def test_prepared_builds_nothing_while_context_batch_and_prompt_change(monkeypat
     torch._dynamo.utils.counters.clear()  # of tests before
     monkeypatch.setattr(cpu_kernel, "_run", lambda command: pytest.fail(f"compiled again: {command}"))
     described = []
-    inner = Prepared._described
-    monkeypatch.setattr(Prepared, "_described", lambda self: described.append(1) or inner(self))
+    inner = Prepared._pack
+    monkeypatch.setattr(Prepared, "_pack", lambda self: described.append(1) or inner(self))
     for batch, seq, new in ((1, 5, 600), (1, 64, 8), (3, 33, 8), (8, 7, 4), (1, 300, 4)):
         prompt = random_tokens(model.config, batch=batch, seq=seq)
         model.generate(prompt, min_new_tokens=new, max_new_tokens=new, **GREEDY)
@@ -323,9 +324,10 @@ def test_prepared_model_of_two_dtypes_is_refused():
     model = talker(dtype=torch.bfloat16)
     optimize(model)
     model.model.norm.float()
-    for use in (optimize, lambda model: model.generate(torch.ones(1, 8, dtype=torch.long), max_new_tokens=2, **GREEDY)):
-        with pytest.raises(InputError, match=r"not of torch.bfloat16, torch.float32"):
-            use(model)
+    with pytest.raises(InputError, match=r"not of torch.bfloat16, torch.float32"):
+        optimize(model)
+    with pytest.raises(RuntimeError, match="dtype"):  # as without optimize
+        model.generate(torch.ones(1, 8, dtype=torch.long), max_new_tokens=2, **GREEDY)
 
 
 def test_prepared_leaves_other_dtypes_of_embeddings_and_autocast_to_the_ordinary_path():
@@ -413,7 +415,7 @@ def test_prepared_reads_the_8_bits_of_bitsandbytes(tmp_path):
     assert relative_difference(logits, expected) < 5e-2
 
 
-@pytest.mark.parametrize("tokens", [MOST_TOKENS, MOST_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [most_tokens(), most_tokens() + 1])
 def test_prepared_is_for_few_tokens(tokens):
     model = talker()
     ids = random_tokens(model.config, batch=1, seq=tokens)
@@ -422,4 +424,4 @@ def test_prepared_is_for_few_tokens(tokens):
         calls = counted(optimize(model))
         logits = model(input_ids=ids, logits_to_keep=3).logits
     assert relative_difference(logits, expected) < 1e-5
-    assert len(calls) == (tokens <= MOST_TOKENS)
+    assert len(calls) == (tokens <= most_tokens())
