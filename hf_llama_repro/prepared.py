@@ -195,8 +195,8 @@ class Prepared:
         buffer = buffer_of(layers, past, shape, embeddings)
         if buffer is None:
             return None
-        buffer.extend(layers, seq)
         logits = self._run(embeddings, attention_mask, position_ids, buffer, kept)
+        buffer.extend(layers, seq)  # not before: a call that raised leaves the cache as it was
         named: dict[str, Any] = {CACHE: cache}
         return CausalLMOutputWithPast(logits=logits, **named)
 
@@ -208,11 +208,11 @@ class Prepared:
         buffer: KVBuffer,
         kept: int,
     ) -> torch.Tensor:
-        """Return the logits (batch, kept, vocab_size); keys and values are written to the end of the buffer."""
+        """Return the logits (batch, kept, vocab_size); keys and values are written behind those of the buffer."""
         model, struct = self.model, self._struct
         assert struct is not None
         batch, seq, _ = embeddings.shape
-        past = buffer.length - seq
+        past = buffer.length
         if position_ids is None:
             position_ids = torch.arange(past, past + seq)[None]
         hidden = embeddings.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
