@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from random_models import ARCHITECTURES, random_model, random_tokens, relative_difference, tiny_config
+from transformers import DynamicCache
 
 from hf_llama_repro import cpu_kernel, info, optimize
 from hf_llama_repro.cpu_kernel import HAS_AMX, HAS_AVX2, HAS_AVX512_BF16, LIBRARIES, KernelError
+from hf_llama_repro.modeling_llama_repro import CACHE
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -290,6 +292,27 @@ def test_field_exhausted_memory_raises_and_the_next_call_computes(case, name, fr
         EXHAUSTED[case]()
     x, weight = torch.ones(1, 1, 8), torch.ones(4, 8)
     assert torch.equal(cpu_kernel.linear(x, weight, None), torch.full((1, 1, 4), 8.0))
+
+
+def exhausted(*_: object) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("past", [0, 5])
+def test_field_exhausted_memory_leaves_the_cache_as_it_was(past, monkeypatch):
+    model = optimize(random_model(tiny_config()))
+    cache, tokens = DynamicCache(config=model.config), random_tokens(model.config, batch=1, seq=past + 1)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        if past:
+            model(input_ids=tokens[:, :past], **{CACHE: cache})
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_kernel, "load", lambda: SimpleNamespace(llama_repro_forward=exhausted))
+            with pytest.raises(MemoryError):
+                model(input_ids=tokens[:, past:], **{CACHE: cache})
+        assert cache.get_seq_length() == past
+        logits = model(input_ids=tokens[:, past:], **{CACHE: cache}).logits
+    assert relative_difference(logits[:, -1], expected[:, -1]) < TOLERANCE[torch.float32]
 
 
 def test_field_any_other_failure_raises_too():
