@@ -110,7 +110,7 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     if must_run_eagerly() or not _few_tokens(x):
         return None
     if type(module) is nn.Linear:
-        weights = module._parameters
+        weights: dict[str, Any] = module._parameters
         return _matmul(x, weights["weight"], weights["bias"]) if _only_multiplies(module) else None
     if cpu_kernel.available() and any(type(child) is nn.Linear for child in module._modules.values()):
         with _FastMatmuls():
@@ -224,7 +224,7 @@ class KVBuffer:
     or in a copy of a layer, its tensors are not those that were handed out last, and the next token finds no room.
     """
 
-    def __init__(self, layers: Sequence[DynamicLayer], past: int, shape: Sequence[int], like: torch.Tensor):
+    def __init__(self, layers: Sequence[Any], past: int, shape: Sequence[int], like: torch.Tensor):
         batch, kv_heads, seq, head_dim = shape
         # An eighth more: of the memory, and of the copying that a token costs, little either way.
         self.capacity = past + seq + min(max((past + seq) // 8, 16), 256)
@@ -244,7 +244,7 @@ class KVBuffer:
         self.handed_out = _tensors_of(layers)
         self.pointers = [*map(torch.Tensor.data_ptr, self.tensors)]
 
-    def continues(self, layers: Sequence[DynamicLayer], seq: int, kind: tuple) -> bool:
+    def continues(self, layers: Sequence[Any], seq: int, kind: tuple) -> bool:
         """Return whether these layers have room for so many tokens in here."""
         tensors = _tensors_of(layers)
         return (
@@ -255,12 +255,12 @@ class KVBuffer:
             and [*map(torch.Tensor.data_ptr, tensors)] == self.pointers
         )
 
-    def extend(self, layers: Sequence[DynamicLayer], seq: int) -> None:
+    def extend(self, layers: Sequence[Any], seq: int) -> None:
         """Lengthen the layers' keys and values by so many tokens, to be filled in by the caller."""
         self.length += seq
         self.handed_out = self._hand_out(layers, self.tensors)
 
-    def _hand_out(self, layers: Sequence[DynamicLayer], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _hand_out(self, layers: Sequence[Any], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         batch, kv_heads, _, head_dim = tensors[0].shape
         shape, strides = (batch, kv_heads, self.length, head_dim), tensors[0].stride()
         views = [tensor.as_strided(shape, strides) for tensor in tensors]  # half of what a slice costs
@@ -269,7 +269,7 @@ class KVBuffer:
         return views
 
 
-def _tensors_of(layers: Sequence[DynamicLayer]) -> list[torch.Tensor]:
+def _tensors_of(layers: Sequence[Any]) -> list[torch.Tensor]:
     return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
@@ -277,7 +277,7 @@ _BUFFERS: "weakref.WeakKeyDictionary[DynamicLayer, KVBuffer]" = weakref.WeakKeyD
 """Of the first of its layers. Beside them and not in them: a cache is the user's, who may copy it and save it."""
 
 
-def buffer_of(layers: Sequence[DynamicLayer], past: int, shape: Sequence[int], like: torch.Tensor) -> KVBuffer | None:
+def buffer_of(layers: Sequence[Any], past: int, shape: Sequence[int], like: torch.Tensor) -> KVBuffer | None:
     """Return memory in which layers of `past` tokens have room for (batch, kv_heads, seq, head_dim) more.
 
     `like` has the dtype and the device. None where the layers hold something else.
@@ -299,7 +299,7 @@ def buffer_of(layers: Sequence[DynamicLayer], past: int, shape: Sequence[int], l
 CACHE_UPDATE, LAYER_UPDATE = DynamicCache.update, DynamicLayer.update
 
 
-def layers_of(cache: Any, count: int, first: int = 0) -> list[DynamicLayer] | None:
+def layers_of(cache: Any, count: int, first: int = 0) -> list[Any] | None:
     """Return the layers `first` to `count` of transformers' own `DynamicCache`, all as they were made; else None."""
     if (
         type(cache) is not DynamicCache

@@ -47,7 +47,7 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def append(
-    cache: Cache, key: torch.Tensor, value: torch.Tensor, layer_idx: int, kwargs: dict
+    cache: Cache, key: torch.Tensor, value: torch.Tensor, layer_idx: int, kwargs: TransformersKwargs
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Append keys and values (batch, kv_heads, seq, head_dim) to a layer of the cache, and return all of both."""
     both = FAST_PATHS["append"](cache, key, value, layer_idx) if "append" in FAST_PATHS else None
