@@ -115,12 +115,14 @@ class Adapter:
 def open_adapter(folder: Path) -> Adapter:
     """Opens what PEFT saved. Raises `CheckpointError` when it is no plain LoRA adapter, damaged, or empty."""
     _check_fields(folder / CONFIG_FILE, adapter_folder.read_fields(folder))
-    opened = adapter_folder.open_folder(folder, {".safetensors": read_safetensors, ".bin": read_pytorch}, _equal)
+    notes: list[str] = []
+    readers = {".safetensors": read_safetensors, ".bin": partial(read_pytorch, tell=notes.append)}
+    opened = adapter_folder.open_folder(folder, readers, _equal)
     for name, tensor in opened.tensors.items():
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{opened.path}: {name} is {tensor.dtype}, not a 16- or 32-bit float")
         check_finite(opened.path, name, tensor.read())
-    return Adapter(folder, opened.fields, opened.tensors, (folder / CONFIG_FILE, opened.path), opened.notes)
+    return Adapter(folder, opened.fields, opened.tensors, (folder / CONFIG_FILE, opened.path), (*opened.notes, *notes))
 
 
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:

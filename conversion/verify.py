@@ -56,6 +56,7 @@ def verify(
 
     from .hugging_face import open_hugging_face
     from .reference import MetaReference
+    from .source import is_meta_folder
     from .verify_files import load_config, open_with_options, options_of, samples
 
     written = open_hugging_face(target)
@@ -63,7 +64,7 @@ def verify(
     opened, unknown_context = open_with_options(source, options)
     opened = replace(opened, tokenizer=tokenizer or opened.tokenizer)
     cast = _cast(opened, written)
-    reference = MetaReference(source, cast) if (source / "params.json").is_file() else None
+    reference = MetaReference(source, cast) if is_meta_folder(source) else None
     expected = opened.config.max_position_embeddings
     found = load_config(target).max_position_embeddings
     if unknown_context is not None:

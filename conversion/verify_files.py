@@ -40,9 +40,9 @@ def open_with_options(source: Path, options: dict[str, Any]) -> "tuple[Source, C
 
     `options`: what was asked for at the conversion, `context_length` and `chat`.
     """
-    from .source import open_source
+    from .source import is_meta_folder, open_source
 
-    is_meta = (source / "params.json").is_file()
+    is_meta = is_meta_folder(source)
     asked = {name: options[name] for name in ("context_length", "chat") if is_meta and name in options}
     try:
         return open_source(source, **asked), None
@@ -55,9 +55,11 @@ def open_with_options(source: Path, options: dict[str, Any]) -> "tuple[Source, C
 
 def options_of(folder: Path, source: Path, context_length: int | None) -> dict[str, Any]:
     """What the folder's manifest records, or the caller says, of how it was converted."""
+    from .source import is_meta_folder
+
     options = recorded_options(folder)
     if context_length is not None:
-        if not (source / "params.json").is_file():
+        if not is_meta_folder(source):
             raise CheckpointError(f"--context-length is for Meta's folders: {source} says its own context")
         options["context_length"] = context_length
     return options

@@ -78,6 +78,18 @@ def with_added_tokens(folder):
     return source
 
 
+def with_tokens_beside_sentencepiece(folder, **settings):
+    """A `tokenizer.model` alone, and ChatML's tokens and template in the files of slow tokenizers beside it."""
+    source = stock(folder / "stock", vocab=VOCAB + 2)
+    write_sentencepiece(source / "tokenizer.model")
+    (source / "added_tokens.json").write_text(json.dumps({"<|im_end|>": VOCAB, "<|im_start|>": VOCAB + 1}))
+    fields = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
+    change(source / "tokenizer_config.json", **fields, chat_template=CHATML, **settings)
+    for name in ("config.json", "generation_config.json"):
+        change(source / name, eos_token_id=VOCAB)
+    return source
+
+
 def gguf(folder, *, byte_level=False):
     model = random_model(tiny_config(vocab_size=10 if byte_level else VOCAB))
     config, path = model.config, folder / "model.gguf"
@@ -145,6 +157,11 @@ KINDS = {
     "tokenizer.model": (with_sentencepiece, {}),
     "tokenizer.json": (with_tokenizer_json, {}),
     "added tokens": (with_added_tokens, {"model_type": "llama"}),
+    "added tokens beside tokenizer.model": (with_tokens_beside_sentencepiece, {}),
+    "tokenizer.model without its leading space": (
+        functools.partial(with_tokens_beside_sentencepiece, legacy=False, add_prefix_space=False),
+        {},
+    ),
     "GGUF": (gguf, {}),
     "GGUF, byte-level": (functools.partial(gguf, byte_level=True), {}),
 }
@@ -304,6 +321,10 @@ FAULTS = [
     ("added tokens", no_control_token, "tokenizer"),
     ("added tokens", another_eos_of_the_tokenizer, "special ids"),
     ("added tokens", scaled_positions, "configuration"),
+    ("added tokens beside tokenizer.model", no_control_token, "tokenizer"),
+    ("added tokens beside tokenizer.model", swapped_ids, "tokenizer"),
+    ("added tokens beside tokenizer.model", no_template, "chat template"),
+    ("tokenizer.model without its leading space", swapped_ids, "tokenizer"),
     ("GGUF", swapped_ids, "tokenizer"),
     ("GGUF", another_activation, "configuration"),
     ("GGUF, byte-level", swapped_ids, "tokenizer"),
