@@ -10,6 +10,7 @@ import math
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,7 +117,7 @@ def open_adapter(folder: Path) -> Adapter:
     """Opens what PEFT saved. Raises `CheckpointError` when it is no plain LoRA adapter, damaged, or empty."""
     _check_fields(folder / CONFIG_FILE, adapter_folder.read_fields(folder))
     notes: list[str] = []
-    readers = {".safetensors": read_safetensors, ".bin": partial(read_pytorch, tell=notes.append)}
+    readers: dict[str, Callable] = {".safetensors": read_safetensors, ".bin": partial(read_pytorch, tell=notes.append)}
     opened = adapter_folder.open_folder(folder, readers, _equal)
     for name, tensor in opened.tensors.items():
         if tensor.dtype not in DTYPES:
