@@ -8,7 +8,7 @@ BUILT_FROM := pyproject.toml constraints.txt setup.py $(wildcard hf_llama_repro/
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile
 
-.PHONY: help install demo test test-clients test-scale test-long test-oldest test-newest test-wheel lint type unit test-transformers test-peers bench bench-finetune bench-conversion bench-inference bench-memory build clean
+.PHONY: help install demo test test-clients test-scale test-long test-oldest test-newest newest-tests test-wheel lint type unit test-transformers test-peers bench bench-finetune bench-conversion bench-inference bench-memory build clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -53,6 +53,9 @@ test-oldest: .venv-oldest/.installed  ## the tests with the oldest transformers 
 NEWEST_TESTS = tests/test_parity.py tests/test_generation.py tests/test_model_features.py tests/test_model_files.py \
   tests/test_remote_code.py tests/test_registration.py tests/test_loss.py tests/test_field_versions.py \
   tests/test_finetune.py tests/test_guards.py tests/test_chat.py tests/test_chat_page.py
+
+newest-tests:
+	@echo $(NEWEST_TESTS)
 
 test-newest: $(INSTALLED)  ## parity, generation, remote code, fine-tuning, chat with the newest of everything; lists deprecations
 	$(PYTHON) -m venv .venv-newest

@@ -14,7 +14,7 @@ try:
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
-EXTRAS = ("gguf", "train", "pretrain", "chat")
+EXTRAS = ("gguf", "finetune", "train", "pretrain", "chat")
 TOOLS = ("hypothesis", "pytest", "pytest-xdist", "selenium", "packaging")
 _UPPER_BOUND = re.compile(r",?<=?[\d.]+")
 

@@ -104,6 +104,7 @@ def test_a_checklist_names_only_files_of_its_folder(tmp_path, meta, refused, nam
 @pytest.mark.parametrize("name", ["../stock/model.safetensors", "..", "", "a" * 300, "\x00", "\ud800"])
 def test_an_index_names_only_files_of_its_folder(tmp_path, refused, name):
     stock = stock_folder(tmp_path / "stock")
+    (stock / "model.safetensors").rename(stock / "weights.safetensors")  # which would count, and not the index
     index = {"weight_map": {"model.norm.weight": name}}
     (stock / "model.safetensors.index.json").write_text(json.dumps(index))
     refused("index.json names .*, which is not there", stock)

@@ -234,9 +234,13 @@ def child(target, resume):
     return pid
 
 convert(meta, folder / "warm/ours", max_shard_size=shard)  # imports, which the children need not repeat
-start = time.perf_counter()
-assert os.waitpid(child(folder / "whole/ours", None), 0)[1] == 0
-duration = time.perf_counter() - start
+def timed(target):
+    start = time.perf_counter()
+    assert os.waitpid(child(target, None), 0)[1] == 0
+    return time.perf_counter() - start
+
+# The shortest of three: on a busy machine most moments of a long one would be after the end of the others.
+duration = min(timed(folder / name / "ours") for name in ("first", "second", "whole"))
 whole = contents(folder / "whole/ours")
 chance = random.Random(5)
 for number in range(times):
