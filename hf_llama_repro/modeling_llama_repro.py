@@ -71,16 +71,17 @@ BUILT_IN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention", "pag
 def either_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     """Return the cache under whichever of its two names it was given.
 
-    Both may be given where one of them is empty: PEFT adds a prefix of its own beside the cache of `generate`.
-    Raises ValueError for two that are filled.
+    Both are given where PEFT brings a learned prefix beside the cache of `generate`: the first step begins with the
+    prefix, later ones go on with the cache that it has become. Raises ValueError for two that have nothing in common.
     """
-    given = [each for each in (cache, past_key_values) if each is not None]
-    if len(given) == 2 and cache is not past_key_values:
-        filled = [each for each in given if each.get_seq_length() > 0]
-        if len(filled) == 2:
-            raise ValueError("give the key/value cache once: as `cache` or by its older name `past_key_values`")
-        given = filled or given
-    return given[0] if given else None
+    if cache is None or past_key_values is None or cache is past_key_values:
+        return past_key_values if cache is None else cache
+    length = past_key_values.get_seq_length()
+    if not cache.get_seq_length():
+        return past_key_values if length else cache
+    if length and not torch.equal(cache.layers[0].keys[:, :, :length], past_key_values.layers[0].keys[:, :, :length]):
+        raise ValueError("give the key/value cache once: as `cache` or by its older name `past_key_values`")
+    return cache
 
 
 def refuse_unknown(kwargs: dict, attn_implementation: str) -> None:

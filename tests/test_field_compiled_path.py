@@ -316,7 +316,7 @@ def test_unknown_and_repeated_arguments_are_refused_alike(prepare):
         with pytest.raises(TypeError, match="multiple values"):
             model(tokens, input_ids=tokens)
         with pytest.raises(ValueError, match="once"):
-            model(tokens, cache=begun(model)[0], past_key_values=begun(model)[0])
+            model(tokens, cache=begun(model)[0], past_key_values=begun(model, seq=7)[0])
 
 
 @torch.no_grad()

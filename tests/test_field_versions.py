@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, get_peft_model
 from random_models import random_model, random_tokens, relative_difference, stock_twin
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -60,15 +61,15 @@ def test_output_has_the_cache_under_the_versions_name(model):
     assert getattr(output, CACHE).get_seq_length() == 80
 
 
-def filled_cache(model):
+def filled_cache(model, *, seed=1):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(random_tokens(model.config), cache=cache)
+        model(random_tokens(model.config, seed=seed), cache=cache)
     return cache
 
 
 def test_two_filled_caches_are_refused(model):
-    one, other = filled_cache(model), filled_cache(model)
+    one, other = filled_cache(model), filled_cache(model, seed=2)
     for each in (model, model.model):
         with pytest.raises(ValueError, match="past_key_values"):
             each(random_tokens(model.config), cache=one, past_key_values=other)
@@ -81,6 +82,21 @@ def test_an_empty_cache_beside_a_filled_one_says_nothing(filled, model):
     both = {name: filled_cache(model) if name == filled else DynamicCache(config=model.config) for name in NAMES}
     expected = model(tokens, cache=filled_cache(model)).logits
     assert torch.equal(model(tokens, **both).logits, expected)
+
+
+def test_generation_goes_on_from_a_learned_prefix():
+    """PEFT gives it as `past_key_values` at every step, beside the `cache` of transformers 5.24."""
+    model = random_model()
+    tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    tokens = random_tokens(model.config, batch=1, seq=9)
+    expected = tokens
+    with torch.no_grad():
+        bare = model(tokens).logits[:, -1]
+        assert relative_difference(tuned(tokens).logits[:, -1], bare) > 1e-2  # or the prefix would not show
+        for _ in range(12):
+            expected = torch.cat([expected, tuned(expected).logits[:, -1:].argmax(-1)], dim=1)
+    generated = tuned.generate(input_ids=tokens, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(generated, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
