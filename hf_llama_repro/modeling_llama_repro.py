@@ -79,7 +79,9 @@ def either_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | 
     length = past_key_values.get_seq_length()
     if not cache.get_seq_length():
         return past_key_values if length else cache
-    if length and not torch.equal(cache.layers[0].keys[:, :, :length], past_key_values.layers[0].keys[:, :, :length]):
+    begun: Any = cache.layers[0]
+    prefix: Any = past_key_values.layers[0]
+    if length and not torch.equal(begun.keys[:, :, :length], prefix.keys):
         raise ValueError("give the key/value cache once: as `cache` or by its older name `past_key_values`")
     return cache
 
